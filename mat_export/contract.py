@@ -1,0 +1,212 @@
+"""The contract of the graph, as data: inputs, outputs, metadata and masks. No torch here.
+
+Every backend (PyTorch, ONNX Runtime, TensorRT) takes these inputs and gives these outputs, so a
+runner, a parity check or an engine builder needs to know nothing else of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mat_torch.config import ConfigError, GeneratorConfig
+
+__all__ = [
+    "METADATA_KEY",
+    "OPERATOR_DOMAIN",
+    "UserError",
+    "GraphSpec",
+    "TensorSpec",
+    "mask_state_names",
+]
+
+METADATA_KEY = "mat.graph"
+"""ONNX metadata property that holds a GraphSpec as JSON."""
+
+OPERATOR_DOMAIN = "mat"
+"""ONNX domain of the custom operators, which is also their plugin namespace."""
+
+FORMAT = 1
+"""Version of the contract; a file of another version is refused."""
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence that says what was got and what to do.
+
+    The command line prints it and exits with 2; it never shows a traceback.
+    """
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of the graph.
+
+    Attributes:
+        name: Name in the graph.
+        shape: A number, or the name of a dynamic axis, for each axis.
+        dtype: NumPy's name of the element type.
+        meaning: What it holds, with its value range.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What one exported graph takes and gives.
+
+    Attributes:
+        config: The network.
+        batch: Images at once, or None for a dynamic batch.
+        dynamic_size: Height and width are any multiples of the native size; else just that.
+        noise: ``const`` keeps the checkpoint's maps in the graph, ``input`` takes them.
+        io: ``float`` or ``uint8`` images and masks.
+        coarse: Stage one's image is an output too.
+        precision: The types inside, ``fp32`` unless a later pass says otherwise.
+        checkpoint: Digest of the weights.
+        source: Where they came from, in words.
+    """
+
+    config: GeneratorConfig
+    batch: int | None = 1
+    dynamic_size: bool = False
+    noise: str = "const"
+    io: str = "float"
+    coarse: bool = False
+    precision: str = "fp32"
+    checkpoint: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"a batch holds at least one image, got {self.batch}")
+        if self.noise not in ("const", "input"):
+            raise UserError(f"noise is 'const' or 'input', got '{self.noise}'")
+        if self.io not in ("float", "uint8"):
+            raise UserError(f"io is 'float' or 'uint8', got '{self.io}'")
+        if self.dynamic_size and self.noise == "const":
+            raise UserError(
+                "the checkpoint's noise maps fit the native size only: "
+                "a dynamic size needs --noise input"
+            )
+
+    # -- tensors ------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Every input, in the order of the graph."""
+        c = self.config
+        B: int | str = "batch" if self.batch is None else self.batch
+        H, W = self._image_axes()
+        h, w = c.bottleneck_grid(c.resolution, c.resolution)
+        tokens: int | str = "tokens" if self.dynamic_size else h * w
+        grid = ("grid_height", "grid_width") if self.dynamic_size else (h, w)
+        specs = [
+            *self._picture_inputs(B, H, W),
+            TensorSpec("z", (B, c.latent_dim), "float32", "latent, standard normal"),
+            TensorSpec("truncation", (1,), "float32", "ψ in [0, 2]: 0 mean style, 1 free"),
+            TensorSpec("gate_tokens", (B, tokens, c.token_dim), "float32", "0/1 gate of stage one"),
+            TensorSpec(
+                "gate_bottleneck",
+                (B, c.channels(16), *grid),
+                "float32",
+                "0/1 gate of stage two",
+            ),
+        ]
+        if self.noise == "input":
+            for name, r in c.noise_resolutions.items():
+                side = self._noise_axes(r)
+                specs.append(TensorSpec(name, (B, 1, *side), "float32", "noise, standard normal"))
+        return tuple(specs)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Every output, in the order of the graph."""
+        B: int | str = "batch" if self.batch is None else self.batch
+        H, W = self._image_axes()
+        shape = (B, 3, H, W) if self.io == "float" else (B, H, W, 3)
+        dtype, values = ("float32", "[-1, 1]") if self.io == "float" else ("uint8", "0 to 255")
+        specs = [TensorSpec("output", shape, dtype, f"the filled image, {values}")]
+        if self.coarse:
+            specs.append(TensorSpec("coarse", shape, dtype, f"stage one's image, {values}"))
+        return tuple(specs)
+
+    def _image_axes(self) -> tuple[int | str, int | str]:
+        r = self.config.resolution
+        return ("height", "width") if self.dynamic_size else (r, r)
+
+    def _noise_axes(self, r: int) -> tuple[int | str, int | str]:
+        return (f"height_{r}", f"width_{r}") if self.dynamic_size else (r, r)
+
+    def _picture_inputs(
+        self, B: int | str, H: int | str, W: int | str
+    ) -> tuple[TensorSpec, TensorSpec]:
+        if self.io == "uint8":
+            return (
+                TensorSpec("image", (B, H, W, 3), "uint8", "RGB, 0 to 255"),
+                TensorSpec("mask", (B, H, W), "uint8", "128 and above keep, below is the hole"),
+            )
+        return (
+            TensorSpec("image", (B, 3, H, W), "float32", "RGB in [-1, 1]"),
+            TensorSpec("mask", (B, 1, H, W), "float32", "1 keep, 0 hole"),
+        )
+
+    # -- as metadata --------------------------------------------------------------------------------
+
+    def with_changes(self, **fields: Any) -> GraphSpec:
+        """A copy with some fields replaced."""
+        return replace(self, **fields)
+
+    def to_json(self) -> str:
+        """JSON that from_json reads back."""
+        fields = asdict(self)
+        fields["config"] = json.loads(self.config.to_json())
+        return json.dumps({"format": FORMAT, **fields}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> GraphSpec:
+        """The specification that to_json wrote.
+
+        Raises:
+            UserError: If it is none, or of another version of the contract.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields.pop("format")
+            if version != FORMAT:
+                raise UserError(
+                    f"the file follows version {version} of the graph contract and this "
+                    f"mat-export knows version {FORMAT}: export it again"
+                )
+            fields["config"] = GeneratorConfig.from_json(json.dumps(fields["config"]))
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+            raise UserError(f"unreadable graph metadata ({error}): export it again") from error
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> GraphSpec | None:
+        """The specification in a model's metadata, or None if the model is not ours."""
+        text = metadata.get(METADATA_KEY)
+        return None if text is None else cls.from_json(text)
+
+
+def mask_state_names(config: GeneratorConfig) -> tuple[str, ...]:
+    """The masks of stage one that reach the output, by the layer that makes them, in order.
+
+    In a graph the tensor ``mask_state/NAME`` holds each as 0/1, [B, 1, h, w]. The mask that leaves
+    the second transformer stage's last conv is not among them: nothing reads it.
+    """
+    levels = config.resolution.bit_length() - 1 - 6
+    return (
+        "conv_first",
+        *(f"enc_conv.{i}" for i in range(levels)),
+        *(f"tran.0.blocks.{j}" for j in range(config.depths[0])),
+        "tran.0.conv",
+        "tran.1.downsample",
+        *(f"tran.1.blocks.{j}" for j in range(config.depths[1])),
+    )

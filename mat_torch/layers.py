@@ -1,0 +1,345 @@
+"""Layers of MAT, each headed by the equation it computes. Shapes are [B, C, H, W] unless stated.
+
+Weights are stored at unit variance and scaled when used (equalized learning rate, Karras et al.
+2018); ``lrelu(x)`` is ``√2 · max(x, 0.2·x)``. Masks are 1 where a pixel is kept and 0 in the hole.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "DEMODULATION_EPS",
+    "LRELU_GAIN",
+    "LRELU_SLOPE",
+    "Conv",
+    "Linear",
+    "Mapping",
+    "ModulatedConv",
+    "PartialConv",
+    "StyleConv",
+    "ToRGB",
+    "blur",
+    "fir_kernel",
+    "lrelu",
+    "mask_count",
+    "partial_ratio",
+    "update_mask",
+    "upsample_image",
+]
+
+LRELU_SLOPE = 0.2
+LRELU_GAIN = math.sqrt(2.0)
+DEMODULATION_EPS = 1e-8
+_LATENT_EPS = 1e-8
+_W_AVG_DECAY = 0.995
+
+
+def lrelu(x: Tensor) -> Tensor:
+    """``√2 · max(x, 0.2·x)``."""
+    return F.leaky_relu(x, LRELU_SLOPE) * LRELU_GAIN
+
+
+# -- resampling ------------------------------------------------------------------------------------
+
+
+def fir_kernel(gain: float = 1.0) -> Tensor:
+    """The 4×4 resampling filter ``gain · [1,3,3,1]ᵀ[1,3,3,1] / 64``, float32."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    return torch.outer(taps, taps) * (gain / 64.0)
+
+
+def _depthwise(kernel: Tensor, x: Tensor) -> Tensor:
+    """One 2-D kernel as a depthwise weight [C, 1, k, k] of x's type, device and channels."""
+    channels = x.shape[1]
+    return kernel.to(device=x.device, dtype=x.dtype).expand(channels, 1, *kernel.shape)
+
+
+def blur(x: Tensor, kernel: Tensor, padding: int, stride: int = 1) -> Tensor:
+    """x correlated with the (symmetric) resampling filter, channel by channel."""
+    weight = _depthwise(kernel, x)
+    return F.conv2d(x, weight, stride=stride, padding=padding, groups=x.shape[1])
+
+
+def upsample_image(x: Tensor, kernel: Tensor) -> Tensor:
+    """Twice the size: a zero after every sample, padding 2 before and 1 after, FIR with gain 4.
+
+    As one transposed convolution, which never multiplies the zeros.
+
+    Args:
+        x: Image [B, C, H, W].
+        kernel: ``fir_kernel(4.0)``.
+    """
+    return F.conv_transpose2d(x, _depthwise(kernel, x), stride=2, padding=1, groups=x.shape[1])
+
+
+def _up_conv(x: Tensor, weight: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
+    """3×3 convolution at twice the size: zeros after every sample, pad 3 and 2, the 3×3, FIR · 4.
+
+    The 3×3 over zero-stuffed samples is a transposed convolution with the flipped kernel, whose
+    first and last lines are the zeros that the FIR then needs.
+
+    Args:
+        x: [B, groups·in, H, W].
+        weight: [groups·out, in, 3, 3].
+        kernel: ``fir_kernel(4.0)``.
+        groups: Independent groups (one a sample, for modulated weights).
+    """
+    out, cin = weight.shape[0] // groups, weight.shape[1]
+    flipped = weight.flip(2, 3).reshape(groups, out, cin, 3, 3).transpose(1, 2)
+    y = F.conv_transpose2d(x, flipped.reshape(groups * cin, out, 3, 3), stride=2, groups=groups)
+    return blur(y, kernel, padding=1)
+
+
+def resampled_conv(
+    x: Tensor, weight: Tensor, kernel: Tensor | None, up: int = 1, down: int = 1, groups: int = 1
+) -> Tensor:
+    """Convolution of 1×1 or 3×3 at the same size, half or twice the size.
+
+    Args:
+        x: [B, groups·in, H, W].
+        weight: [groups·out, in, k, k], already scaled.
+        kernel: ``fir_kernel(up²)``; None where nothing is resampled.
+        up: 1, or 2 for twice the size (k = 3).
+        down: 1, or 2 for half the size.
+        groups: As in conv2d.
+    """
+    k = weight.shape[-1]
+    if kernel is None:
+        return F.conv2d(x, weight, padding=k // 2, groups=groups)
+    if up == 2:
+        return _up_conv(x, weight, kernel, groups)
+    if k == 1:
+        return F.conv2d(blur(x, kernel, padding=1, stride=2), weight, groups=groups)
+    return F.conv2d(blur(x, kernel, padding=2), weight, stride=2, groups=groups)
+
+
+# -- plain layers ----------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """``y = x · (W·lr/√in)ᵀ + b·lr``, then lrelu if `activation`. x: [..., in] → [..., out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        activation: bool = False,
+        lr: float = 1.0,
+        bias_init: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr)
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr))
+        self.activation = activation
+        self.weight_gain = lr / math.sqrt(in_features)
+        self.bias_gain = lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+        return lrelu(y) if self.activation else y
+
+
+class Conv(nn.Module):
+    """``lrelu(resample(x) ∗ W/√(in·k²) + b) · gain``, with activation and bias optional."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        up: int = 1,
+        down: int = 1,
+        activation: bool = True,
+        bias: bool = True,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.up, self.down = up, down
+        self.activation = activation
+        self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
+        self.gain = gain
+        self.fir: Tensor | None
+        self.register_buffer(
+            "fir", fir_kernel(up**2) if max(up, down) > 1 else None, persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = resampled_conv(x, self.weight * self.weight_gain, self.fir, self.up, self.down)
+        if self.bias is not None:
+            y = y + self.bias[:, None, None]
+        if self.activation:
+            y = lrelu(y)
+        return y if self.gain == 1.0 else y * self.gain
+
+
+# -- partial convolution (Liu et al. 2018; paper, section 3.1) -------------------------------------
+
+
+def mask_count(mask: Tensor, stride: int = 1) -> Tensor:
+    """How many of the 3×3 neighbours are kept: [B, 1, H, W] → [B, 1, H/stride, W/stride], 0 … 9."""
+    return F.conv2d(mask, mask.new_ones(1, 1, 3, 3), stride=stride, padding=1)
+
+
+def update_mask(count: Tensor) -> Tensor:
+    """The next layer's mask: 1 where any neighbour is kept."""
+    return count.clamp(0.0, 1.0)
+
+
+def partial_ratio(count: Tensor) -> Tensor:
+    """``9/u`` where u ≥ 1, else 0: exact for binary masks in every precision.
+
+    The published ``9/(u + 1e-8)·mask'`` is the same number in FP32, but the 1e-8 vanishes in half
+    precision and the quotient is then inf·0.
+    """
+    return update_mask(count) * 9.0 / count.clamp(min=1.0)
+
+
+class PartialConv(nn.Module):
+    """A Conv whose activated result is multiplied by ``9/u``; without a mask the plain Conv."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, up: int = 1, down: int = 1) -> None:
+        super().__init__()
+        self.conv = Conv(in_channels, out_channels, 3, up=up, down=down)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        y = self.conv(x)
+        if mask is None:
+            return y, None
+        count = mask_count(mask, self.conv.down)
+        return y * partial_ratio(count), update_mask(count)
+
+
+# -- modulated convolution (Karras et al. 2020, equations 1 and 3) ---------------------------------
+
+
+class ModulatedConv(nn.Module):
+    """Convolution whose weights are ``w·s`` per sample, ``s`` an affine function of the style.
+
+    With `demodulate`, each output channel's weights are divided by ``√(Σ (w·s)² + 1e-8)``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        style_dim: int,
+        *,
+        up: int = 1,
+        demodulate: bool = True,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.randn(1, out_channels, in_channels, kernel_size, kernel_size)
+        )
+        self.affine = Linear(style_dim, in_channels, bias_init=1.0)
+        self.up = up
+        self.demodulate = demodulate
+        self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
+        self.fir: Tensor | None
+        self.register_buffer("fir", fir_kernel(up**2) if up > 1 else None, persistent=False)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        batch, cin, height, width = x.shape
+        out, k = self.weight.shape[1], self.weight.shape[-1]
+        # Modulate: one set of weights a sample, [B, out, in, k, k].
+        weight = self.weight * self.weight_gain * self.affine(style)[:, None, :, None, None]
+        if self.demodulate:
+            norm = weight.square().sum(dim=(2, 3, 4), keepdim=True)
+            weight = weight * torch.rsqrt(norm + DEMODULATION_EPS)
+        # Convolve: samples become groups.
+        y = resampled_conv(
+            x.reshape(1, batch * cin, height, width),
+            weight.reshape(batch * out, cin, k, k),
+            self.fir,
+            up=self.up,
+            groups=batch,
+        )
+        return y.reshape(batch, out, height * self.up, width * self.up)
+
+
+class StyleConv(nn.Module):
+    """``lrelu(demodulated conv(x, style) + noise_strength·noise + bias)``.
+
+    Layers of stage one have no noise; those of stage two own a constant map [r, r].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style_dim: int,
+        *,
+        up: int = 1,
+        noise_resolution: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = ModulatedConv(in_channels, out_channels, 3, style_dim, up=up)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.noise_strength: Tensor | None
+        self.noise_const: Tensor | None
+        if noise_resolution is None:
+            self.noise_strength, self.noise_const = None, None
+        else:
+            self.noise_strength = nn.Parameter(torch.zeros(()))
+            self.register_buffer("noise_const", torch.randn(noise_resolution, noise_resolution))
+
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None = None) -> Tensor:
+        y = self.conv(x, style)
+        if self.noise_strength is not None:
+            y = y + self.noise_strength * (self.noise_const if noise is None else noise)
+        return lrelu(y + self.bias[:, None, None])
+
+
+class ToRGB(nn.Module):
+    """``modulated 1×1(x, style) + bias + upsampled previous RGB``, neither demodulated nor lrelu."""
+
+    def __init__(self, in_channels: int, style_dim: int) -> None:
+        super().__init__()
+        self.conv = ModulatedConv(in_channels, 3, 1, style_dim, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(3))
+        self.fir: Tensor
+        self.register_buffer("fir", fir_kernel(4.0), persistent=False)
+
+    def forward(self, x: Tensor, style: Tensor, previous: Tensor | None) -> Tensor:
+        rgb = self.conv(x, style) + self.bias[:, None, None]
+        return rgb if previous is None else rgb + upsample_image(previous, self.fir)
+
+
+# -- mapping network -------------------------------------------------------------------------------
+
+
+class Mapping(nn.Module):
+    """``w = w_avg + ψ·(MLP(z·rsqrt(mean(z²) + 1e-8)) − w_avg)``: z [B, D] → w [B, D]."""
+
+    def __init__(self, latent_dim: int, layers: int) -> None:
+        super().__init__()
+        self.layers = layers
+        for i in range(layers):
+            self.add_module(f"fc{i}", Linear(latent_dim, latent_dim, activation=True, lr=0.01))
+        self.w_avg: Tensor
+        self.register_buffer("w_avg", torch.zeros(latent_dim))
+
+    def forward(self, z: Tensor, truncation: Tensor | float = 1.0) -> Tensor:
+        x = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + _LATENT_EPS)
+        for i in range(self.layers):
+            x = self.get_submodule(f"fc{i}")(x)
+        return torch.lerp(
+            self.w_avg.to(x.dtype),
+            x,
+            torch.as_tensor(truncation, dtype=x.dtype, device=x.device),
+        )
+
+    @torch.no_grad()
+    def track_average(self, w: Tensor) -> None:
+        """Move w_avg towards the mean of a batch of untruncated w (training; decay 0.995)."""
+        self.w_avg.lerp_(w.mean(dim=0).to(self.w_avg.dtype), 1.0 - _W_AVG_DECAY)
