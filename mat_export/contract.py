@@ -16,9 +16,9 @@ from mat_torch.config import ConfigError, GeneratorConfig
 __all__ = [
     "METADATA_KEY",
     "OPERATOR_DOMAIN",
-    "UserError",
     "GraphSpec",
     "TensorSpec",
+    "UserError",
     "mask_state_names",
 ]
 
@@ -95,7 +95,7 @@ class GraphSpec:
                 "a dynamic size needs --noise input"
             )
 
-    # -- tensors ------------------------------------------------------------------------------------
+    # -- tensors -------------------------------------------------------------------------------
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -156,7 +156,7 @@ class GraphSpec:
             TensorSpec("mask", (B, 1, H, W), "float32", "1 keep, 0 hole"),
         )
 
-    # -- as metadata --------------------------------------------------------------------------------
+    # -- as metadata ---------------------------------------------------------------------------
 
     def with_changes(self, **fields: Any) -> GraphSpec:
         """A copy with some fields replaced."""

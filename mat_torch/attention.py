@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat_torch.config import MASKED_LOGIT
 from mat_torch.layers import Linear
 
 __all__ = [
-    "MASKED_LOGIT",
     "Block",
     "MultiHeadAttention",
     "effective_window",
@@ -21,9 +21,6 @@ __all__ = [
     "masked_window_attention",
     "region_bias",
 ]
-
-MASKED_LOGIT = -100.0
-"""Added to a logit whose key is invalid, and once more where its regions differ."""
 
 
 def effective_window(height: int, width: int, window: int, shift: int) -> tuple[int, int]:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["BOTTLENECK", "PRESETS", "TOKEN_GRID", "ConfigError", "GeneratorConfig", "preset"]
+__all__ = [
+    "BOTTLENECK",
+    "LRELU_SLOPE",
+    "MASKED_LOGIT",
+    "PRESETS",
+    "TOKEN_GRID",
+    "ConfigError",
+    "GeneratorConfig",
+    "preset",
+]
+
+LRELU_SLOPE = 0.2
+"""Slope of every leaky ReLU for negative values."""
+
+MASKED_LOGIT = -100.0
+"""Added to a logit whose key is invalid, and once more where its regions differ."""
 
 TOKEN_GRID = 64
 """Tokens a side at the native size (paper, section 3.2)."""
@@ -52,6 +67,10 @@ class GeneratorConfig:
     mapping_layers: int = 8
 
     def __post_init__(self) -> None:
+        numbers = [getattr(self, f.name) for f in fields(self) if f.type == "int"]
+        sequences = [*self.depths, *self.windows] if self._has_tuples() else [None]
+        if not all(type(number) is int and number >= 1 for number in (*numbers, *sequences)):
+            raise ConfigError("every dimension of a network must be a whole number from 1 up")
         if self.resolution < 128 or self.resolution & (self.resolution - 1):
             raise ConfigError(f"resolution {self.resolution} is not a power of two from 128 up")
         if self.token_dim % self.heads:
@@ -61,8 +80,9 @@ class GeneratorConfig:
         for grid, window in zip(self.stage_grids, self.windows, strict=True):
             if window < 2 or window % 2 or grid % window:
                 raise ConfigError(f"window {window} does not tile a grid of {grid} tokens a side")
-        if min(self.latent_dim, self.token_dim, self.max_channels, self.mapping_layers) < 1:
-            raise ConfigError("every dimension must be at least 1")
+
+    def _has_tuples(self) -> bool:
+        return isinstance(self.depths, tuple) and isinstance(self.windows, tuple)
 
     # -- what follows from the sizes ------------------------------------------------------------
 
@@ -137,11 +157,11 @@ class GeneratorConfig:
             ConfigError: If the text is no JSON object with just these fields.
         """
         try:
-            fields: dict[str, Any] = json.loads(text)
-            fields["depths"] = tuple(fields["depths"])
-            fields["windows"] = tuple(fields["windows"])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+            entries: dict[str, Any] = json.loads(text)
+            entries["depths"] = tuple(entries["depths"])
+            entries["windows"] = tuple(entries["windows"])
+            return cls(**entries)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"not a generator configuration: {error}") from error

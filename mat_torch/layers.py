@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat_torch.config import LRELU_SLOPE
+
 __all__ = [
     "DEMODULATION_EPS",
+    "LATENT_EPS",
     "LRELU_GAIN",
-    "LRELU_SLOPE",
     "Conv",
     "Linear",
     "Mapping",
@@ -32,10 +34,9 @@ __all__ = [
     "upsample_image",
 ]
 
-LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)
 DEMODULATION_EPS = 1e-8
-_LATENT_EPS = 1e-8
+LATENT_EPS = 1e-8
 _W_AVG_DECAY = 0.995
 
 
@@ -301,7 +302,7 @@ class StyleConv(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """``modulated 1×1(x, style) + bias + upsampled previous RGB``, neither demodulated nor lrelu."""
+    """``modulated 1×1(x, style) + bias + upsampled previous RGB``; no demodulation, no lrelu."""
 
     def __init__(self, in_channels: int, style_dim: int) -> None:
         super().__init__()
@@ -330,7 +331,7 @@ class Mapping(nn.Module):
         self.register_buffer("w_avg", torch.zeros(latent_dim))
 
     def forward(self, z: Tensor, truncation: Tensor | float = 1.0) -> Tensor:
-        x = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + _LATENT_EPS)
+        x = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + LATENT_EPS)
         for i in range(self.layers):
             x = self.get_submodule(f"fc{i}")(x)
         return torch.lerp(

@@ -11,8 +11,9 @@ fixed, and uses nothing whose bits could differ between machines or NumPy versio
    i of the flattened gate: 1 keeps the feature, 0 takes the style's.
 3. **Normals.** Word x gives ``u = (⌊x/2¹²⌋ + ½)·2⁻⁵²``, strictly inside (0, 1), and the value is
    the inverse normal distribution function at u by Wichura's AS 241 (PPND16, relative error
-   1e-16), rounded to float32. AS 241 needs a logarithm in the tails, and libraries differ there by a last
-   bit, so it is computed here from additions, multiplications and divisions, which IEEE 754 fixes.
+   1e-16), rounded to float32. AS 241 needs a logarithm in the tails, and libraries differ there
+   by a last bit, so it is computed here from additions, multiplications and divisions, which
+   IEEE 754 fixes.
 
 Streams are independent of batch, size of the other inputs and export options: image i of a batch
 drawn from seeds [a, b] is what seed a or b draws alone.

@@ -1,0 +1,773 @@
+"""The inference form: the generator rewritten for export, every rewrite exact and named.
+
+The training form is written to be read against the paper; this one to be run. Each class here
+replaces one layer, names the rewrites it stands for, and can be tested alone against that layer.
+Between the two lie no approximations: in real arithmetic they are the same function, and in FP32
+they differ by rounding only.
+
+The form is also safe in half precision by construction: no quotient has a vanishing denominator,
+styles are divided by their own maximum before they touch activations (demodulation cancels it), and
+what is selected by a mask or gate is selected, never multiplied by 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mat_export import ops
+from mat_export.contract import GraphSpec
+from mat_export.pixels import KEEP_THRESHOLD
+from mat_torch import generator as reference
+from mat_torch import layers
+from mat_torch.attention import Block
+from mat_torch.config import BOTTLENECK, LRELU_SLOPE, GeneratorConfig
+
+__all__ = ["REWRITES", "InferenceGenerator", "rewrite_counts"]
+
+REWRITES: dict[str, str] = {
+    "fold-gains": "equalized learning rates and the √2 of lrelu are folded into weights and biases",
+    "modulate-activations": "styles scale activations and demodulation scales outputs, so that "
+    "weights are constants",
+    "bound-styles": "each style is divided by its largest magnitude, which demodulation cancels",
+    "batch-styles": "all styles of a stage come from one matrix product: without style mixing "
+    "every layer has the same w",
+    "subpixel-upsampling": "a convolution to twice the size is four small ones, one a phase, "
+    "interleaved and filtered: no zeros, no transposed convolution",
+    "image-upsampling": "an image is upsampled by one 3×3 convolution and depth-to-space",
+    "constant-filter": "resampling filters are constants",
+    "count-ratio": "a partial convolution's ratio comes from the mask's count, without 1e-8",
+    "merge-query-key": "queries and keys are one matrix product, 1/√d folded into it",
+    "fold-projection": "attention's output projection and the value's bias are folded into the "
+    "fuse layer",
+    "constant-noise": "noise strengths are folded into the noise maps",
+    "select-gate": "a 0/1 gate selects instead of multiplying",
+    "select-composite": "the mask selects between image and filling, bit-exact where kept",
+    "composite-once": "the coarse image already holds the kept pixels when stage two reads it",
+}
+"""Every rewrite by name, with what it does, in the order of the export's log."""
+
+_SQRT2 = layers.LRELU_GAIN
+
+
+def rewrite_counts(model: nn.Module) -> dict[str, int]:
+    """In how many places each rewrite was applied, by name, in the order of REWRITES."""
+    found = Counter(name for m in model.modules() for name in getattr(m, "rewrites", ()))
+    return {name: found[name] for name in REWRITES if found[name]}
+
+
+def _constant(value: Tensor) -> Tensor:
+    return value.detach().clone().contiguous()
+
+
+# -- gains --------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """``leaky_relu(x·Wᵀ + b)`` with every gain inside W and b. [..., in] → [..., out].
+
+    Args:
+        weight: [out, in], gains folded.
+        bias: [out] or None.
+        activation: Whether lrelu follows (its √2 folded too).
+    """
+
+    rewrites: ClassVar = ("fold-gains",)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, activation: bool = False) -> None:
+        super().__init__()
+        gain = _SQRT2 if activation else 1.0  # lrelu is positively homogeneous
+        self.register_buffer("weight", _constant(weight * gain))
+        self.register_buffer("bias", None if bias is None else _constant(bias * gain))
+        self.activation = activation
+
+    @classmethod
+    def of(cls, layer: layers.Linear) -> Linear:
+        """The inference form of a training layer."""
+        weight = layer.weight * layer.weight_gain
+        return cls(weight, layer.bias * layer.bias_gain, activation=layer.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return F.leaky_relu(y, LRELU_SLOPE) if self.activation else y
+
+
+class Blur(nn.Module):
+    """The resampling filter over each of `channels` channels, its weights a constant."""
+
+    rewrites: ClassVar = ("constant-filter",)
+
+    def __init__(self, channels: int, padding: tuple[int, int, int, int], gain: float) -> None:
+        super().__init__()
+        kernel = layers.fir_kernel(gain).expand(channels, 1, 4, 4)
+        self.register_buffer("weight", _constant(kernel))
+        self.channels, self.padding = channels, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right, top, bottom = self.padding
+        if left == right == top == bottom:
+            return F.conv2d(x, self.weight, padding=left, groups=self.channels)
+        return F.conv2d(F.pad(x, self.padding), self.weight, groups=self.channels)
+
+
+class SubpixelConv(nn.Module):
+    """The 3×3 convolution to twice the size without its zeros. [B, in, H, W] → [B, out, 2H, 2W].
+
+    Where zeros lie between samples, an even output line sees the kernel's outer taps and an odd one
+    its middle tap. So the four phases are convolutions of 2×2, 2×1, 1×2 and 1×1 over the samples
+    themselves: nine taps in all, a quarter of the zero-stuffed work.
+
+    Args:
+        weight: [out, in, 3, 3], gains folded.
+    """
+
+    rewrites: ClassVar = ("subpixel-upsampling",)
+
+    # Name, kernel rows and columns, and padding (left, right, top, bottom) of each phase: an even
+    # line needs the sample before the first; every phase covers one line after the last.
+    _PHASES: ClassVar = (
+        ("even_even", slice(0, 3, 2), slice(0, 3, 2), (1, 1, 1, 1)),
+        ("even_odd", slice(0, 3, 2), slice(1, 2), (0, 1, 1, 1)),
+        ("odd_even", slice(1, 2), slice(0, 3, 2), (1, 1, 0, 1)),
+        ("odd_odd", slice(1, 2), slice(1, 2), (0, 1, 0, 1)),
+    )
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        for name, rows, columns, _ in self._PHASES:
+            self.register_buffer(name, _constant(weight[:, :, rows, columns]))
+        # The interleaved map starts where the image does and ends one line of zeros after it.
+        self.blur = Blur(weight.shape[0], (1, 0, 1, 0), gain=4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        phases = [
+            F.conv2d(F.pad(x, padding), self.get_buffer(name))
+            for name, _, _, padding in self._PHASES
+        ]
+        y: Tensor = self.blur(ops.depth_to_space(torch.cat(phases, dim=1)))
+        return y
+
+
+class ImageUpsample(nn.Module):
+    """Twice the size of an image by the filter: one 3×3 convolution and depth-to-space.
+
+    Even lines are ``(x[i−1] + 3·x[i])/4``, odd ones ``(3·x[i] + x[i+1])/4``, zeros outside.
+    """
+
+    rewrites: ClassVar = ("image-upsampling",)
+
+    def __init__(self, channels: int = 3, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("bias", None if bias is None else bias.repeat_interleave(4).detach())
+        taps = torch.tensor([[1.0, 3.0, 0.0], [0.0, 3.0, 1.0]]) / 4.0
+        phases = torch.einsum("ay,bx->abyx", taps, taps).reshape(4, 3, 3)
+        weight = torch.zeros(channels, 4, channels, 3, 3)
+        for c in range(channels):
+            weight[c, :, c] = phases
+        self.register_buffer("weight", weight.reshape(4 * channels, channels, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(F.conv2d(x, self.weight, self.bias, padding=1), 2)
+
+
+class Conv(nn.Module):
+    """A plain convolution at the same, half or twice the size, every gain folded.
+
+    Args:
+        layer: The training layer.
+    """
+
+    rewrites: ClassVar = ("fold-gains",)
+
+    def __init__(self, layer: layers.Conv) -> None:
+        super().__init__()
+        gain = layer.gain * (_SQRT2 if layer.activation else 1.0)
+        weight = layer.weight * (layer.weight_gain * gain)
+        self.activation = layer.activation
+        self.register_buffer("bias", None if layer.bias is None else _constant(layer.bias * gain))
+        self.subpixel: SubpixelConv | None = None
+        self.blur: Blur | None = None
+        self.stride = layer.down
+        if layer.up == 2:
+            self.subpixel = SubpixelConv(weight)
+        else:
+            self.register_buffer("weight", _constant(weight))
+        if layer.down == 2:
+            if weight.shape[-1] != 3:
+                raise NotImplementedError("the generator has no 1x1 convolution down")
+            self.blur = Blur(weight.shape[1], (2, 2, 2, 2), gain=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.subpixel is not None:
+            y = self.subpixel(x)
+            y = y if self.bias is None else y + self.bias[:, None, None]
+        elif self.blur is not None:
+            y = F.conv2d(self.blur(x), self.weight, self.bias, stride=self.stride)
+        else:
+            y = F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        return F.leaky_relu(y, LRELU_SLOPE) if self.activation else y
+
+
+class PartialConv(nn.Module):
+    """A convolution times ``9/u``: ``u/9`` is a mean of 0/1 values, so no quotient can overflow."""
+
+    rewrites: ClassVar = ("count-ratio",)
+
+    def __init__(self, layer: layers.PartialConv) -> None:
+        super().__init__()
+        self.conv = Conv(layer.conv)
+        self.stride = layer.conv.down
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        y = self.conv(x)
+        if mask is None:
+            return y, None
+        mean = F.avg_pool2d(mask, 3, self.stride, padding=1)
+        mask = F.max_pool2d(mask, 3, self.stride, padding=1)
+        # The mean is 0 or at least 1/9, so half of that never changes a ratio.
+        return y * (mask / mean.clamp(min=1.0 / 18.0)), mask
+
+
+# -- tokens -------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Queries, keys and values, and the attention operator. [B, H, W, C] → [B, H, W, C].
+
+    The output projection and the value's bias are the next layer's (`FusedBlock`).
+    """
+
+    rewrites: ClassVar = ("merge-query-key",)
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        attn = block.attn
+        self.heads, self.window, self.shift = attn.heads, block.window, block.shift
+        q, k = Linear.of(attn.q), Linear.of(attn.k)
+        weight = torch.cat([q.weight * attn.scale, k.weight])
+        self.register_buffer("query_key_weight", _constant(weight.T))
+        self.register_buffer("query_key_bias", torch.cat([q.bias * attn.scale, k.bias]).detach())
+        self.register_buffer("value_weight", _constant((attn.v.weight * attn.v.weight_gain).T))
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        q, k, v = ops.query_key_value(
+            x, self.query_key_weight, self.query_key_bias, self.value_weight
+        )
+        y: Tensor = ops.masked_window_attention(q, k, v, valid, self.window, self.shift, self.heads)
+        return y
+
+
+class FusedBlock(nn.Module):
+    """A transformer block whose attention projection is inside the fuse layer.
+
+    ``fuse([x, P·y + p])`` is ``F_x·x + (F_y·P)·y + (F_y·p + f)``. The value's bias b comes out of
+    the attention as it went in, since every softmax row sums to 1, and so joins as ``F_y·P·b``.
+    """
+
+    rewrites: ClassVar = ("fold-projection", "fold-gains")
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.window, self.shift = block.window, block.shift
+        self.attn = Attention(block)
+        fuse, proj = block.fuse, Linear.of(block.attn.proj)
+        value_bias = (block.attn.v.bias * block.attn.v.bias_gain).double()
+        from_x, from_y = (fuse.weight * fuse.weight_gain).double().chunk(2, dim=1)
+        projected = from_y @ proj.weight.double()
+        bias = fuse.bias * fuse.bias_gain + from_y @ proj.bias.double() + projected @ value_bias
+        steps = (
+            Linear(torch.cat([from_x, projected], dim=1).float(), bias.float(), activation=True),
+            Linear.of(block.mlp.fc1),
+            Linear.of(block.mlp.fc2),
+        )
+        for name, step in zip(("fuse", "fc1", "fc2"), steps, strict=True):
+            self.register_buffer(f"{name}_weight", _constant(step.weight.T))
+            self.register_buffer(f"{name}_bias", _constant(step.bias))
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y = ops.fuse_mlp(
+            x,
+            self.attn(x, valid),
+            self.fuse_weight,
+            self.fuse_bias,
+            self.fc1_weight,
+            self.fc1_bias,
+            self.fc2_weight,
+            self.fc2_bias,
+        )
+        if valid is None:
+            return y, None
+        return y, ops.mask_propagation(valid, self.window, self.shift)
+
+
+class TokenStage(nn.Module):
+    """One transformer stage; see ``mat_torch.generator.TokenStage``."""
+
+    def __init__(self, stage: reference.TokenStage) -> None:
+        super().__init__()
+        self.downsample = None if stage.downsample is None else PartialConv(stage.downsample.conv)
+        self.blocks = nn.ModuleList(FusedBlock(block) for block in stage.blocks)
+        self.conv = PartialConv(stage.conv)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.downsample is not None:
+            x, mask = self.downsample(x, mask)
+        tokens = x.permute(0, 2, 3, 1)
+        valid = None if mask is None else mask > 0.5
+        for block in self.blocks:
+            tokens, valid = block(tokens, valid)
+        mask = None if valid is None else valid.to(x.dtype)
+        y, mask = self.conv(tokens.permute(0, 3, 1, 2), mask)
+        return x + y, mask
+
+
+# -- styles -------------------------------------------------------------------------------------
+
+
+class StyleBank(nn.Module):
+    """Every style and demodulation factor of a stage, from one style vector.
+
+    For a layer with weights w, style s and ``m = max|s|``:
+    ``conv(x·s, w)·rsqrt(Σ w²s² + 1e-8) = conv(x·s/m, w)·rsqrt(Σ w²(s/m)² + 1e-8/m²)``.
+    All layers lie side by side in one vector, so that one product and one pass of arithmetic serve
+    them all. These are a few thousand numbers an image and may stay in FP32.
+
+    Args:
+        convs: The modulated convolutions of the stage, all fed by the same style.
+    """
+
+    rewrites: ClassVar = ("batch-styles", "bound-styles")
+
+    def __init__(self, convs: Sequence[layers.ModulatedConv]) -> None:
+        super().__init__()
+        # Demodulated layers of one shape stand together, ToRGB layers last, widest first.
+        shapes = {i: (conv.weight.shape[2], conv.weight.shape[1]) for i, conv in enumerate(convs)}
+        order = sorted(
+            shapes, key=lambda i: (not convs[i].demodulate, -shapes[i][0], -shapes[i][1], i)
+        )
+        self._order = order
+        self._widths = [shapes[i][0] for i in order]
+        self._demodulated = [i for i in order if convs[i].demodulate]
+        self._outs = [shapes[i][1] for i in self._demodulated]
+        affine = [Linear.of(convs[i].affine) for i in order]
+        self.affine = Linear(
+            torch.cat([a.weight for a in affine]), torch.cat([a.bias for a in affine])
+        )
+        # Layer of each entry of the long vectors, to spread one number a layer over its channels.
+        self.register_buffer("layer_of_input", _repeated(self._widths))
+        self.register_buffer("layer_of_output", _repeated(self._outs))
+        # Σ_k w² per input and output channel, halved, which makes the factor √2 larger.
+        self._runs = [
+            (shape, [i for i in self._demodulated if shapes[i] == shape])
+            for shape in dict.fromkeys(shapes[i] for i in self._demodulated)
+        ]
+        for (width, out), members in self._runs:
+            energy = [
+                (convs[i].weight[0].double() * convs[i].weight_gain).square().sum((2, 3)).T
+                for i in members
+            ]
+            halved = torch.stack(energy).float() / 2.0
+            self.register_buffer(f"energy_{width}_{out}", _constant(halved))
+
+    def forward(self, style: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """[B, D] → (scale, factor) of each layer, in the order they were given.
+
+        The scale is s/m [B, in, 1, 1]. The factor is what the result is multiplied by: for a
+        demodulated layer [B, out, 1, 1] with lrelu's √2 in it, else m itself [B, 1, 1, 1].
+        """
+        styles = self.affine(style)
+        # Largest magnitude of each layer, [B, layers].
+        maxima = [
+            part.unflatten(1, (-1, width)).amax(dim=2)
+            for part, width in zip(
+                styles.abs().split([n * w for w, n in self._width_runs()], dim=1),
+                (w for w, _ in self._width_runs()),
+                strict=True,
+            )
+        ]
+        m = torch.cat(maxima, dim=1).clamp(min=1e-12)
+        s = styles / m.index_select(1, self.get_buffer("layer_of_input"))
+        # Demodulation of each output channel, [B, channels].
+        sizes = [width * len(members) for (width, _), members in self._runs]
+        squares = s.square().split([*sizes, sum(self._widths[len(self._outs) :])], dim=1)[:-1]
+        energies = [
+            self._energy(square, shape, len(members))
+            for square, (shape, members) in zip(squares, self._runs, strict=True)
+        ]
+        eps = (layers.DEMODULATION_EPS / 2.0) / m.square()
+        eps = eps.index_select(1, self.get_buffer("layer_of_output"))
+        factor = torch.rsqrt(torch.cat(energies, dim=1) + eps)
+        # One tensor a layer, shaped to scale feature maps.
+        scales = s[:, :, None, None].split(self._widths, dim=1)
+        factors = factor[:, :, None, None].split(self._outs, dim=1)
+        magnitudes = m[:, :, None, None].split(1, dim=1)[len(self._outs) :]
+        pairs = zip(scales, (*factors, *magnitudes), strict=True)
+        results = dict(zip(self._order, pairs, strict=True))
+        return [results[i] for i in range(len(results))]
+
+    def _width_runs(self) -> list[tuple[int, int]]:
+        """(width, layers in a row that have it) along the long vector."""
+        return [(width, len(list(run))) for width, run in groupby(self._widths)]
+
+    def _energy(self, square: Tensor, shape: tuple[int, int], count: int) -> Tensor:
+        """Σ w²s² of `count` layers of one shape: [B, count·in] → [B, count·out]."""
+        weight = self.get_buffer(f"energy_{shape[0]}_{shape[1]}")
+        if count == 1:
+            return square @ weight[0]
+        return (square.unflatten(1, (count, 1, shape[0])) @ weight).flatten(1)
+
+
+def _repeated(sizes: Sequence[int]) -> Tensor:
+    """[0]*sizes[0] + [1]*sizes[1] + …, as an index."""
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+class StyleConv(nn.Module):
+    """``leaky_relu(conv(x·scale)·factor + noise + bias)`` with constant weights.
+
+    Args:
+        layer: The training layer.
+        noise: ``const`` keeps its noise map, ``input`` takes one; ignored where it has none.
+    """
+
+    rewrites: ClassVar = ("modulate-activations", "fold-gains")
+
+    def __init__(self, layer: layers.StyleConv, noise: str = "const") -> None:
+        super().__init__()
+        weight = layer.conv.weight[0] * layer.conv.weight_gain
+        self.subpixel: SubpixelConv | None = None
+        if layer.conv.up == 2:
+            self.subpixel = SubpixelConv(weight)
+        else:
+            self.register_buffer("weight", _constant(weight))
+        self.register_buffer("bias", _constant(layer.bias[:, None, None] * _SQRT2))
+        self.noise: nn.Module | None = None
+        if layer.noise_strength is not None and layer.noise_const is not None:
+            strength = layer.noise_strength * _SQRT2
+            self.noise = (
+                ConstantNoise(layer.noise_const * strength)
+                if noise == "const"
+                else InputNoise(strength)
+            )
+
+    def forward(
+        self, x: Tensor, scale: Tensor, factor: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        x = x * scale
+        y = self.subpixel(x) if self.subpixel is not None else F.conv2d(x, self.weight, padding=1)
+        y = y * factor
+        if self.noise is not None:
+            y = y + self.noise(noise)
+        return F.leaky_relu(y + self.bias, LRELU_SLOPE)
+
+
+class ConstantNoise(nn.Module):
+    """A layer's own noise map, its strength inside."""
+
+    rewrites: ClassVar = ("constant-noise",)
+
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("map", _constant(noise[None, None]))
+
+    def forward(self, noise: Tensor | None) -> Tensor:
+        return self.get_buffer("map")
+
+
+class InputNoise(nn.Module):
+    """The caller's noise map times the layer's strength."""
+
+    def __init__(self, strength: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("strength", _constant(strength))
+
+    def forward(self, noise: Tensor | None) -> Tensor:
+        if noise is None:
+            raise ValueError("this model takes its noise as input")
+        return noise * self.strength
+
+
+class ToRGB(nn.Module):
+    """``conv(x·scale)·magnitude + bias + upsampled previous RGB``."""
+
+    rewrites: ClassVar = ("modulate-activations",)
+
+    def __init__(self, layer: layers.ToRGB, *, first: bool) -> None:
+        super().__init__()
+        self.register_buffer("weight", _constant(layer.conv.weight[0] * layer.conv.weight_gain))
+        self.upsample: ImageUpsample | None = None
+        if first:
+            self.register_buffer("bias", _constant(layer.bias[:, None, None]))
+        else:
+            self.upsample = ImageUpsample(bias=layer.bias)  # one addition less
+
+    def forward(
+        self, x: Tensor, scale: Tensor, magnitude: Tensor, previous: Tensor | None
+    ) -> Tensor:
+        rgb = F.conv2d(x * scale, self.weight) * magnitude
+        if self.upsample is None:
+            return rgb + self.get_buffer("bias")
+        return rgb + self.upsample(previous)
+
+
+# -- the two stages -----------------------------------------------------------------------------
+
+
+class GatedStyle(nn.Module):
+    """``x·g + a·(1 − g)`` as a selection, ``a`` a square of 256 numbers resized to the grid.
+
+    Args:
+        layer: The Linear that makes the square.
+        resize: How it meets another grid than 16×16: None (never), ``linear`` over the flattened
+            tokens, or ``bilinear``.
+    """
+
+    rewrites: ClassVar = ("select-gate",)
+
+    def __init__(self, layer: layers.Linear, resize: str | None) -> None:
+        super().__init__()
+        self.to_square = Linear.of(layer)
+        self.resize = resize
+
+    def forward(self, x: Tensor, style: Tensor, gate: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        a = self.to_square(style)
+        if self.resize == "linear":
+            # As an image of one line, which exports as one Resize.
+            a = a.unflatten(1, (1, 1, -1))
+            a = F.interpolate(a, size=(1, h * w), mode="bilinear", align_corners=False)
+            a = a.reshape(-1, 1, h, w)
+        else:
+            a = a.unflatten(1, (1, BOTTLENECK, BOTTLENECK))
+            if self.resize == "bilinear":
+                a = F.interpolate(a, size=(h, w), mode="bilinear", align_corners=False)
+        return torch.where(gate > 0.5, x, a)
+
+
+class PooledStyle(nn.Module):
+    """Convs down, global average, Linear: [B, C, h, w] → [B, D]."""
+
+    def __init__(self, convs: nn.Module, fc: layers.Linear) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(*(Conv(conv) for conv in convs.children()))  # type: ignore[arg-type]
+        self.fc = Linear.of(fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.conv(x).mean(dim=(2, 3)))
+        return y
+
+
+class DecoderLevel(nn.Module):
+    """StyleConv up 2, + skip, StyleConv, ToRGB, in either stage."""
+
+    def __init__(
+        self,
+        level: reference.TokenDecoderLevel | reference.DecoderLevel,
+        *,
+        first: bool,
+        noise: str,
+    ) -> None:
+        super().__init__()
+        self.conv0 = StyleConv(level.conv0, noise)
+        self.conv1 = StyleConv(level.conv1, noise)
+        self.toRGB = ToRGB(level.toRGB, first=first)
+
+    def forward(
+        self,
+        x: Tensor,
+        rgb: Tensor | None,
+        skip: Tensor,
+        styles: Sequence[tuple[Tensor, Tensor]],
+        noise: Sequence[Tensor | None] = (None, None),
+    ) -> tuple[Tensor, Tensor]:
+        x = self.conv0(x, *styles[0], noise[0]) + skip
+        x = self.conv1(x, *styles[1], noise[1])
+        return x, self.toRGB(x, *styles[2], rgb)
+
+
+class FirstStage(nn.Module):
+    """Stage one; see ``mat_torch.generator.FirstStage``. Returns the RGB before compositing."""
+
+    def __init__(self, stage: reference.FirstStage, dynamic_size: bool) -> None:
+        super().__init__()
+        self.conv_first = PartialConv(stage.conv_first)
+        self.enc_conv = nn.ModuleList(PartialConv(conv) for conv in stage.enc_conv)
+        self.tran = nn.ModuleList(TokenStage(tran) for tran in stage.tran)
+        self.ws_style = Linear.of(stage.ws_style)
+        self.mix = GatedStyle(stage.to_square, "linear" if dynamic_size else None)
+        self.pool = PooledStyle(stage.down_conv, stage.to_style)
+        self.dec_conv = nn.ModuleList(
+            DecoderLevel(level, first=i == 0, noise="const")
+            for i, level in enumerate(stage.dec_conv)
+        )
+        self.styles = StyleBank(
+            [
+                conv
+                for level in stage.dec_conv
+                for conv in (level.conv0.conv, level.conv1.conv, level.toRGB.conv)
+            ]
+        )
+
+    def forward(
+        self, image: Tensor, centred: Tensor, mask: Tensor, w: Tensor, gate: Tensor
+    ) -> Tensor:
+        # Encoder.
+        x, m = self.conv_first(torch.cat([centred, image], dim=1), mask)
+        skips = [x]
+        for conv in self.enc_conv:
+            x, m = conv(x, m)
+            skips.append(x)
+        # Tokens, down.
+        x, m = skip_64, m = self.tran[0](x, m)
+        x, m = skip_32, _ = self.tran[1](x, m)
+        x, _ = self.tran[2](x, None)
+        # Style.
+        v = self.ws_style(w)
+        grid = x.shape[-2:]
+        x = self.mix(x, v, gate.transpose(1, 2).unflatten(2, grid))
+        styles = self.styles(torch.cat([self.pool(x), v], dim=1))
+        # Tokens, up.
+        x = self.tran[3](x, None)[0] + skip_32
+        x = self.tran[4](x, None)[0] + skip_64
+        # Decoder.
+        rgb: Tensor | None = None
+        for i, level in enumerate(self.dec_conv):
+            x, rgb = level(x, rgb, skips[-2 - i], styles[3 * i : 3 * i + 3])
+        assert rgb is not None, "a native size of 128 or more has at least one level"
+        return rgb
+
+
+class SecondStage(nn.Module):
+    """Stage two; see ``mat_torch.generator.Synthesis``. Returns the RGB before compositing."""
+
+    def __init__(self, synthesis: reference.Synthesis, dynamic_size: bool, noise: str) -> None:
+        super().__init__()
+        config: GeneratorConfig = synthesis.config
+        self.sides = config.encoder_resolutions
+        self.enc = nn.ModuleDict(
+            {
+                name: nn.Sequential(Conv(level.conv0), Conv(level.conv1))
+                for name, level in synthesis.enc.items()
+            }
+        )
+        self.mix = GatedStyle(synthesis.to_square, "bilinear" if dynamic_size else None)
+        self.to_style = PooledStyle(synthesis.to_style.conv, synthesis.to_style.fc)
+        levels = list(synthesis.dec.values())
+        self.conv0 = Conv(levels[0].conv0)
+        self.conv1 = StyleConv(levels[0].conv1, noise)
+        self.toRGB = ToRGB(levels[0].toRGB, first=True)
+        self.dec = nn.ModuleDict(
+            {
+                name: DecoderLevel(level, first=False, noise=noise)
+                for name, level in list(synthesis.dec.items())[1:]
+            }
+        )
+        convs = [levels[0].conv1.conv, levels[0].toRGB.conv]
+        for level in levels[1:]:
+            convs += [level.conv0.conv, level.conv1.conv, level.toRGB.conv]
+        self.styles = StyleBank(convs)
+
+    def forward(
+        self,
+        x: Tensor,
+        w: Tensor,
+        gate: Tensor,
+        noise: Sequence[Tensor | None],
+    ) -> Tensor:
+        # Encoder.
+        skips = []
+        for level in self.enc.values():
+            x = level(x)
+            skips.append(x)
+        # Style.
+        x = self.mix(x, w, gate)
+        styles = self.styles(torch.cat([w, self.to_style(x)], dim=1))
+        # Decoder.
+        x = self.conv1(self.conv0(x) + x, *styles[0], noise[0])
+        rgb = self.toRGB(x, *styles[1], None)
+        for i, level in enumerate(self.dec.values()):
+            own = styles[3 * i + 2 : 3 * i + 5]
+            x, rgb = level(x, rgb, skips[-2 - i], own, noise[2 * i + 1 : 2 * i + 3])
+        return rgb
+
+
+class Mapping(nn.Module):
+    """z to the truncated w: [B, D] → [B, D]."""
+
+    def __init__(self, mapping: layers.Mapping) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(
+            *(Linear.of(mapping.get_submodule(f"fc{i}")) for i in range(mapping.layers))  # type: ignore[arg-type]
+        )
+        self.register_buffer("w_avg", _constant(mapping.w_avg))
+
+    def forward(self, z: Tensor, truncation: Tensor) -> Tensor:
+        x = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + layers.LATENT_EPS)
+        return self.w_avg + truncation * (self.fc(x) - self.w_avg)
+
+
+class InferenceGenerator(nn.Module):
+    """The whole network in its inference form, following one GraphSpec.
+
+    Args:
+        generator: The training form; its weights are copied.
+        spec: What the graph takes and gives.
+    """
+
+    rewrites: ClassVar = ("select-composite", "composite-once")
+
+    def __init__(self, generator: reference.Generator, spec: GraphSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.mapping = Mapping(generator.mapping)
+        with torch.no_grad():
+            self.first_stage = FirstStage(generator.synthesis.first_stage, spec.dynamic_size)
+            self.second_stage = SecondStage(generator.synthesis, spec.dynamic_size, spec.noise)
+        self.requires_grad_(False).eval()
+
+    def forward(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        z: Tensor,
+        truncation: Tensor,
+        gate_tokens: Tensor,
+        gate_bottleneck: Tensor,
+        *noise: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Inputs and outputs as in the GraphSpec, in its order."""
+        if self.spec.io == "uint8":
+            image, mask = _to_unit(image, mask)
+        keep = mask > 0.5
+        known = torch.where(keep, image, 0.0)
+        centred = mask - 0.5
+        w = self.mapping(z, truncation)
+        rgb = self.first_stage(known, centred, mask, w, gate_tokens)
+        coarse = torch.where(keep, image, rgb)
+        maps: Sequence[Tensor | None] = noise or [None] * len(self.spec.config.noise_resolutions)
+        x = torch.cat([centred, coarse, known], dim=1)
+        rgb = self.second_stage(x, w, gate_bottleneck, maps)
+        results = [torch.where(keep, image, rgb)]
+        if self.spec.coarse:
+            results.append(coarse)
+        if self.spec.io == "uint8":
+            results = [_from_unit(result) for result in results]
+        return tuple(results)
+
+
+def _to_unit(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``mat_export.pixels.to_unit`` in torch."""
+    x = image.permute(0, 3, 1, 2).float() * (1.0 / 127.5) - 1.0
+    return x, (mask.int() >= KEEP_THRESHOLD).float()[:, None]
+
+
+def _from_unit(x: Tensor) -> Tensor:
+    """``mat_export.pixels.from_unit`` in torch."""
+    x = ((x + 1.0) * 127.5).round().clamp(0.0, 255.0)
+    return x.to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,133 @@
+"""Custom operators of the inference form, as ``torch.library`` operators.
+
+Being operators keeps them whole in ``torch.export``. They are for inference: the training model
+calls the functions they wrap.
+
+- `masked_window_attention` and `mask_propagation` are the two operators of the toolkit. Each has
+  four forms: this PyTorch reference, an ONNX function of standard operators
+  (`mat_export.functions`), a CUDA kernel and a TensorRT plugin.
+- `query_key_value` and `fuse_mlp` are the two halves of a transformer block around the attention.
+  They become ONNX functions too, so that a block is three nodes to the reader; no backend needs to
+  know them.
+- `depth_to_space` is a standard ONNX operator that torch lacks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mat_torch import attention
+from mat_torch.config import LRELU_SLOPE
+
+__all__ = [
+    "depth_to_space",
+    "fuse_mlp",
+    "mask_propagation",
+    "masked_window_attention",
+    "query_key_value",
+]
+
+
+@torch.library.custom_op("mat::masked_window_attention", mutates_args=())
+def masked_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, window: int, shift: int, heads: int
+) -> Tensor:
+    """Attention within (shifted) windows; see ``mat_torch.attention.masked_window_attention``.
+
+    q, k, v: [B, H, W, C]; valid: bool [B, 1, H, W] or None. Returns [B, H, W, C].
+    """
+    return attention.masked_window_attention(
+        q, k, v, valid, window=window, shift=shift, heads=heads
+    )
+
+
+@masked_window_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, window: int, shift: int, heads: int
+) -> Tensor:
+    return torch.empty_like(v)
+
+
+@torch.library.custom_op("mat::mask_propagation", mutates_args=())
+def mask_propagation(valid: Tensor, window: int, shift: int) -> Tensor:
+    """Window-any of a bool map [B, 1, H, W]; see ``mat_torch.attention.mask_propagation``."""
+    # An operator may not return its input or a view of it, which a window of one token would be.
+    return attention.mask_propagation(valid, window=window, shift=shift).clone()
+
+
+@mask_propagation.register_fake
+def _(valid: Tensor, window: int, shift: int) -> Tensor:
+    return torch.empty_like(valid)
+
+
+@torch.library.custom_op("mat::query_key_value", mutates_args=())
+def query_key_value(
+    x: Tensor, query_key_weight: Tensor, query_key_bias: Tensor, value_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``[q, k] = (x/max(‖x‖₂, 1e-12))·W + b`` and ``v = x·W_v``.
+
+    x: [B, H, W, C]; query_key_weight: [C, 2·C]; value_weight: [C, C]. Returns q, k, v like x.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+    q, k = ((x / norm) @ query_key_weight + query_key_bias).chunk(2, dim=-1)
+    return q.contiguous(), k.contiguous(), x @ value_weight
+
+
+@query_key_value.register_fake
+def _(
+    x: Tensor, query_key_weight: Tensor, query_key_bias: Tensor, value_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("mat::fuse_mlp", mutates_args=())
+def fuse_mlp(
+    x: Tensor,
+    y: Tensor,
+    fuse_weight: Tensor,
+    fuse_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+) -> Tensor:
+    """Three Linears over [x, y], leaky_relu after the first two. x, y: [B, H, W, C] → like x.
+
+    Weights are [in, out].
+    """
+    h = F.leaky_relu(torch.cat([x, y], dim=-1) @ fuse_weight + fuse_bias, LRELU_SLOPE)
+    h = F.leaky_relu(h @ fc1_weight + fc1_bias, LRELU_SLOPE)
+    return h @ fc2_weight + fc2_bias
+
+
+@fuse_mlp.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    fuse_weight: Tensor,
+    fuse_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("mat::depth_to_space", mutates_args=())
+def depth_to_space(x: Tensor) -> Tensor:
+    """[B, 4·C, H, W] → [B, C, 2·H, 2·W], phases outermost: ONNX ``DepthToSpace`` in mode DCR.
+
+    ``pixel_shuffle`` wants the phases innermost, which a concatenation of them is not.
+    """
+    b, c, h, w = x.shape
+    x = x.reshape(b, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2)
+    return x.reshape(b, c // 4, 2 * h, 2 * w)
+
+
+@depth_to_space.register_fake
+def _(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.new_empty(b, c // 4, 2 * h, 2 * w)
