@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mat_torch.config import ConfigError, GeneratorConfig
+from mat_torch.config import GeneratorConfig
 
 __all__ = [
     "METADATA_KEY",
@@ -83,8 +83,17 @@ class GraphSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.batch is not None and self.batch < 1:
-            raise UserError(f"a batch holds at least one image, got {self.batch}")
+        if self.batch is not None and (type(self.batch) is not int or self.batch < 1):
+            raise UserError(f"a batch is a whole number of images from 1 up, got {self.batch!r}")
+        for field, kind in (
+            ("dynamic_size", bool),
+            ("coarse", bool),
+            ("precision", str),
+            ("checkpoint", str),
+            ("source", str),
+        ):
+            if not isinstance(getattr(self, field), kind):
+                raise UserError(f"{field} is a {kind.__name__}, got {getattr(self, field)!r}")
         if self.noise not in ("const", "input"):
             raise UserError(f"noise is 'const' or 'input', got '{self.noise}'")
         if self.io not in ("float", "uint8"):
@@ -185,7 +194,7 @@ class GraphSpec:
                 )
             fields["config"] = GeneratorConfig.from_json(json.dumps(fields["config"]))
             return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"unreadable graph metadata ({error}): export it again") from error
 
     @classmethod

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from mat_export import functions, ops
 from mat_export.contract import METADATA_KEY, OPERATOR_DOMAIN, GraphSpec, TensorSpec, UserError
 from mat_export.inference import InferenceGenerator, rewrite_counts
 from mat_export.lowering import LOWEST_OPSET, lower_opset
-from mat_export.manifest import package_version, save_model
+from mat_export.manifest import package_version, require_writable, save_model
 from mat_torch import Checkpoint
 from mat_torch.attention import effective_window
 
@@ -83,6 +83,7 @@ def export_onnx(
         UserError: For an opset out of range, or a folder that cannot be written.
     """
     start = time.perf_counter()
+    require_writable(path)
     spec = (spec or GraphSpec(checkpoint.config)).with_changes(
         checkpoint=checkpoint.digest, source=checkpoint.source
     )
@@ -130,6 +131,7 @@ def build_model(
     graph = _translate(inference, spec)
     progress("naming nodes after their modules")
     _name_nodes(graph)
+    _name_constants(graph, set(inference.state_dict()))
     _describe(graph, spec)
     model = ir.to_proto(graph)
     model.functions.extend(functions.function_library(DEFAULT_OPSET, dynamic=spec.dynamic_size))
@@ -305,6 +307,9 @@ def _operator(
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
+_LISTED = 8
+"""Most elements of a constant that its name spells out."""
+
 
 def _name_nodes(model: ir.Model) -> None:
     """Name nodes ``module/Op`` and tensors after the node that makes them; drop trace metadata.
@@ -331,9 +336,31 @@ def _name_nodes(model: ir.Model) -> None:
     for node in graph:
         for output in node.outputs:
             output.metadata_props.clear()
-    nameless = [v for v in graph.initializers.values() if (v.name or "").startswith("val_")]
-    for i, value in enumerate(nameless):
-        value.name = f"constant_{i}"
+
+
+def _name_constants(model: ir.Model, weights: Set[str]) -> None:
+    """Name constants other than the model's weights after their value, or after their reader.
+
+    The exporter numbers them. Few elements: ``constant/int64:[2,3]``; more: ``MODULE/Op.INPUT``.
+    """
+    graph = model.graph
+    taken: dict[str, int] = {}
+    for value in [v for v in graph.initializers.values() if v.name not in weights]:
+        base = _constant_name(value)
+        count = taken[base] = taken.get(base, 0) + 1
+        value.name = base if count == 1 else f"{base}_{count}"
+
+
+def _constant_name(value: ir.Value) -> str:
+    if value.const_value is None:
+        raise RuntimeError(f"the initializer '{value.name}' has no value")
+    array = value.const_value.numpy()
+    if array.size <= _LISTED:
+        numbers = ",".join(f"{number:.8g}" for number in array.ravel().tolist())
+        return f"constant/{array.dtype}:{f'[{numbers}]' if array.ndim else numbers}"
+    use = next(iter(value.uses()))
+    schema = onnx.defs.get_schema(use.node.op_type, DEFAULT_OPSET, use.node.domain)
+    return f"{use.node.name}.{schema.inputs[use.idx].name}"
 
 
 def _module_of(node: ir.Node) -> str:
@@ -341,7 +368,8 @@ def _module_of(node: ir.Node) -> str:
     text = node.metadata_props.get(_SCOPES)
     if text:
         scopes: list[str] = ast.literal_eval(text)
-        modules = [scope for scope in scopes[:-1] if scope]
+        # Sizes of the inputs come from no module: the exporter puts a name of its own there.
+        modules = [scope for scope in scopes[:-1] if scope and not scope.startswith("_")]
         return modules[-1] if modules else ""
     for value in node.inputs:
         if value is not None and value.is_initializer() and "." in (value.name or ""):

@@ -41,19 +41,30 @@ def feathered(
     inner = hole & _grown(keep, corners=True)
     if width == 0 or not inner.any():
         return fill
-    outer = keep & _grown(hole, corners=True)
-    ramp = _ramp(keep, width)
-    shade = _local_mean(rgb, outer, width) - _local_mean(fill, inner, width)
-    return np.asarray(fill + ramp[..., None] * shade, dtype=np.float32)
+    part = _surroundings(inner, 3 * width)
+    outer = (keep & _grown(hole, corners=True))[part]
+    shade = _local_mean(rgb[part], outer, width) - _local_mean(fill[part], inner[part], width)
+    result = np.array(fill)
+    result[part] += _ramp(keep, width)[part][..., None] * shade
+    return result
 
 
-def _ramp(keep: Mask, width: int) -> Field:
+def _surroundings(where: Mask, reach: int) -> tuple[slice, slice]:
+    """The rectangle around all that is True and so many pixels more on every side."""
+    spans = []
+    for axis in (1, 0):
+        lines = np.flatnonzero(where.any(axis=axis))
+        spans.append(slice(max(0, int(lines[0]) - reach), int(lines[-1]) + 1 + reach))
+    return spans[0], spans[1]
+
+
+def _ramp(keep: Mask, width: int) -> NDArray[np.float32]:
     """Weight of the shade: 1 next to the edge, 0 from `width` pixels further in, and when kept.
 
     Depth is counted in steps that go to four and to eight neighbours in turn, so that contours are
     octagons rather than squares.
     """
-    ramp = np.zeros(keep.shape)
+    ramp = np.zeros(keep.shape, dtype=np.float32)
     reached = keep
     for depth in range(width):
         grown = _grown(reached, corners=depth % 2 == 0)
@@ -74,28 +85,25 @@ def _grown(mask: Mask, *, corners: bool) -> Mask:
     return both
 
 
-def _local_mean(values: NDArray[Any], where: Mask, radius: int) -> Field:
-    """[n, n, 3] weighted mean of the values `where` True, around each pixel; 0 with none near."""
-    weight = where.astype(np.float64)[..., None]
-    total = _blurred(np.where(where[..., None], values.astype(np.float64), 0.0), radius)
-    count = _blurred(weight, radius)
-    return np.divide(total, count, out=np.zeros_like(total), where=count > 0.5)
+def _local_mean(values: NDArray[Any], where: Mask, radius: int) -> NDArray[np.float32]:
+    """[h, w, 3] weighted mean of the values `where` True, around each pixel; 0 with none near."""
+    fields = np.zeros((4, *where.shape))
+    fields[3] = where
+    np.copyto(fields[:3], values.transpose(2, 0, 1), where=where)
+    sums = _blurred(fields, radius)
+    mean = np.divide(sums[:3], sums[3], out=np.zeros_like(sums[:3]), where=sums[3] > 0.5)
+    return np.asarray(mean.transpose(1, 2, 0), dtype=np.float32)
 
 
-def _blurred(field: Field, radius: int) -> Field:
-    """Two box sums of 2·radius + 1 pixels along each axis: a tent, not normalised."""
+def _blurred(fields: Field, radius: int) -> Field:
+    """[C, h, w] summed under a tent that is 0 from 2·radius + 1 pixels away."""
     for _ in range(2):
-        for axis in (0, 1):
-            field = _box_sum(field, radius, axis)
-    return field
+        fields = _box_sum(_box_sum(fields, radius), radius)
+        fields = np.ascontiguousarray(fields.transpose(0, 2, 1))
+    return fields
 
 
-def _box_sum(field: Field, radius: int, axis: int) -> Field:
-    length = field.shape[axis]
-    sums = np.cumsum(field, axis=axis)
-    zero = np.zeros_like(np.take(sums, [0], axis=axis))
-    sums = np.concatenate([zero, sums], axis=axis)
-    i = np.arange(length)
-    last = np.minimum(i + radius + 1, length)
-    first = np.maximum(i - radius, 0)
-    return np.asarray(np.take(sums, last, axis=axis) - np.take(sums, first, axis=axis))
+def _box_sum(fields: Field, radius: int) -> Field:
+    """Sums over 2·radius + 1 neighbours along the last axis, nothing lying beyond the ends."""
+    sums = np.cumsum(np.pad(fields, ((0, 0), (0, 0), (radius + 1, radius))), axis=-1)
+    return np.asarray(sums[..., 2 * radius + 1 :] - sums[..., : -2 * radius - 1])

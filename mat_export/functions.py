@@ -126,22 +126,21 @@ def _reference(attribute: str, of: str) -> onnx.AttributeProto:
 
 
 def _window_order(opset: int, dynamic: bool) -> onnx.FunctionProto:
-    """``WindowOrder(…; window, shift) → order, inverse, regions``.
+    """``WindowOrder(window, shift, height, width) → order, inverse, regions, line_shape``.
 
-    The grid is an input [height, width] where it is dynamic, else two more attributes.
+    All inputs are int64 scalars, not attributes: an attribute that refers to the caller's attribute
+    is lost in TensorRT's parser, which inlines one level at a time.
     """
     b = _Body(opset)
     zero, one = b.constant("zero", np.int64(0)), b.constant("one", np.int64(1))
     column, flat = b.constant("column", [-1, 1]), b.constant("flat", [-1])
-    window, shift = b.attribute("window"), b.attribute("shift")
+    window, shift, height, width = _GEOMETRY
     if dynamic:
-        height, width = b("Gather", ["grid", zero], "height"), b("Gather", ["grid", one], "width")
-        # A grid whose shorter side is at most the window is one window, unshifted.
-        larger = b("Greater", [b("Min", [height, width], "shorter"), window], "is_larger")
-        larger = b("Cast", [larger], "is_larger_int", to=onnx.TensorProto.INT64)
+        # A grid whose shorter side is at most the window is cut by that side, unshifted.
+        shorter = b("Min", [height, width], "shorter")
+        larger = b("Cast", [b("Greater", [shorter, window], "is_larger")], "is_larger_int", to=7)
         shift = b("Mul", [shift, larger], "effective_shift")
-    else:
-        height, width = b.attribute("height"), b.attribute("width")
+        window = b("Min", [window, shorter], "effective_window")
     row = b("Range", [zero, height, one], "row")
     col = b("Range", [zero, width, one], "column_index")
     # Which token stands where: the grid rolled by −shift and cut into windows.
@@ -177,19 +176,17 @@ def _window_order(opset: int, dynamic: bool) -> onnx.FunctionProto:
     b("Where", [same, b.constant("open", 0.0), b.constant("shut", MASKED_LOGIT)], "regions")
     return b.function(
         WINDOW_ORDER,
-        ["grid"] if dynamic else [],
+        _GEOMETRY,
         _ORDER,
-        _geometry(dynamic),
+        (),
         "order: [windows, tokens] token at each place; inverse: [height, width] place of each "
         "token; regions: [windows, 1, tokens, tokens] added to logits, -100 where only the cyclic "
         "shift brought two tokens together; line_shape: what reshapes a grid to a line of tokens.",
     )
 
 
-def _geometry(dynamic: bool) -> list[str]:
-    """Attributes that say how a grid is cut."""
-    return ["window", "shift"] if dynamic else ["window", "shift", "height", "width"]
-
+_GEOMETRY = ("window", "shift", "height", "width")
+"""What WindowOrder takes."""
 
 _ORDER = ("order", "inverse", "regions", "line_shape")
 """What WindowOrder returns."""
@@ -197,12 +194,22 @@ _ORDER = ("order", "inverse", "regions", "line_shape")
 
 def _order_of(b: _Body, tensor: str, axis: int, dynamic: bool) -> None:
     """Call WindowOrder with the caller's own attributes; the grid is at `axis` of `tensor`."""
-    inputs = [b("Shape", [tensor], "grid", start=axis, end=axis + 2)] if dynamic else []
-    node = helper.make_node(
-        WINDOW_ORDER, inputs, _ORDER, name="window_order", domain=OPERATOR_DOMAIN
+    for name in _attributes(dynamic):
+        b.attribute(name)
+    if dynamic:
+        grid = b("Shape", [tensor], "grid", start=axis, end=axis + 2)
+        for i, side in enumerate(("height", "width")):
+            b("Gather", [grid, b.constant(f"{side}_axis", np.int64(i))], side)
+    b.nodes.append(
+        helper.make_node(
+            WINDOW_ORDER, _GEOMETRY, _ORDER, name="window_order", domain=OPERATOR_DOMAIN
+        )
     )
-    node.attribute.extend(_reference(name, name) for name in _geometry(dynamic))
-    b.nodes.append(node)
+
+
+def _attributes(dynamic: bool) -> list[str]:
+    """Attributes that say how a grid is cut."""
+    return ["window", "shift"] if dynamic else list(_GEOMETRY)
 
 
 def _attention(opset: int, dynamic: bool, *, masked: bool) -> onnx.FunctionProto:
@@ -240,7 +247,7 @@ def _attention(opset: int, dynamic: bool, *, masked: bool) -> onnx.FunctionProto
         ATTENTION if masked else UNMASKED_ATTENTION,
         ["q", "k", "v", *(["valid"] if masked else [])],
         ["y"],
-        [*_geometry(dynamic), "heads"],
+        [*_attributes(dynamic), "heads"],
         "softmax(q·kᵀ + bias)·v within (shifted) windows. q, k, v, y: [B, H, W, C]; "
         "valid: bool [B, 1, H, W]. The caller normalises q and k and scales q.",
     )
@@ -257,6 +264,8 @@ def _propagation(opset: int, dynamic: bool) -> onnx.FunctionProto:
     count = b("ReduceSum", [cut, last], "valid_count", keepdims=0)
     # Window of each token: its place divided by the tokens of a window.
     window = b.attribute("window")
+    if dynamic:
+        window = b("Min", [window, "height", "width"], "effective_window")
     tokens = b("Mul", [window, window], "tokens_per_window")
     owner = b("Div", ["inverse", tokens], "window_of_token")
     spread = b("Gather", [count, owner], "count_of_token", axis=1)
@@ -266,7 +275,7 @@ def _propagation(opset: int, dynamic: bool) -> onnx.FunctionProto:
         PROPAGATION,
         ["valid"],
         ["y"],
-        _geometry(dynamic),
+        _attributes(dynamic),
         "valid, y: bool [B, 1, H, W]. True in every token of a (shifted) window that has one.",
     )
 
@@ -282,10 +291,10 @@ def _query_key_value(opset: int) -> onnx.FunctionProto:
     unit = b("Div", ["x", b("Max", [norm, least], "safe_norm")], "unit")
     both = b("MatMul", [unit, "query_key_weight"], "query_key_product")
     both = b("Add", [both, "query_key_bias"], "query_key")
-    halves = {"num_outputs": 2} if opset >= 18 else {}
-    b.nodes.append(
-        helper.make_node("Split", [both], ["q", "k"], name="split_query_key", axis=-1, **halves)
-    )
+    split = helper.make_node("Split", [both], ["q", "k"], name="split_query_key", axis=-1)
+    if opset >= 18:
+        split.attribute.append(helper.make_attribute("num_outputs", 2))
+    b.nodes.append(split)
     b("MatMul", ["x", "value_weight"], "v")
     return b.function(
         QUERY_KEY_VALUE,

@@ -83,7 +83,7 @@ _PNG = PictureFormat("PNG", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), True, 
 _TIFF = PictureFormat(
     "TIFF",
     (
-        *("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"),
+        *("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK"),
         *("I;16", "I;16B", "I", "F"),
     ),
     True,
@@ -108,7 +108,7 @@ WRITABLE: dict[str, PictureFormat] = {
 }
 """The formats that are written, by suffix in lower case."""
 
-_PLAIN_IN_TIFF = ("YCbCr", "RGBX", "I;16B")
+_PLAIN_IN_TIFF = ("RGBX", "I;16B")
 """Modes whose compressed TIFF Pillow reads back in another mode."""
 
 
@@ -152,12 +152,8 @@ def _opened(path: _PATH) -> Iterator[Image.Image]:
     if not Path(path).is_file():
         raise UserError(f"'{path}' is not a file: a picture file is needed")
     try:
-        with warnings.catch_warnings():
-            # Sizes are held against MAX_SIDE here, which lies below Pillow's own limit.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            with Image.open(path) as image:
-                yield image
+        with _quiet(), Image.open(path) as image:
+            yield image
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -172,6 +168,17 @@ def _opened(path: _PATH) -> Iterator[Image.Image]:
     except Exception as error:  # on damaged files decoders raise just about anything
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"'{path}' is damaged or cut short ({reason}): get a whole copy") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings of damage, which becomes an error here where it matters, and of
+    many pixels: sizes are held against MAX_SIDE, which lies below Pillow's own limit.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
@@ -206,7 +213,8 @@ def orientation_of(image: Image.Image) -> int:
     1 is upright, 3 upside down; for 5 … 8 the stored picture lies on its side.
     """
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        with _quiet():
+            value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data raises many things, and says nothing of the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -230,7 +238,8 @@ def carried_exif(image: Image.Image) -> bytes | None:
 def _descriptive_exif(image: Image.Image) -> bytes | None:
     """Camera, author, dates, place and orientation as EXIF data; None where nothing is known."""
     try:
-        old = image.getexif()
+        with _quiet():
+            old = image.getexif()
         new = Image.Exif()
         for tag in _DESCRIPTIVE:
             if tag in old:
@@ -354,7 +363,8 @@ def _save_options(image: Image.Image, form: PictureFormat) -> dict[str, Any]:
         options["icc_profile"] = profile
     if form is _TIFF:
         exif = _descriptive_exif(image)
-        if image.mode not in _PLAIN_IN_TIFF and features.check("libtiff"):
+        # libtiff, which compresses, cannot write the subdirectories of EXIF data.
+        if image.mode not in _PLAIN_IN_TIFF and exif is None and features.check("libtiff"):
             options["compression"] = "tiff_adobe_deflate"
     else:
         exif = carried_exif(image)

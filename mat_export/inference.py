@@ -13,9 +13,9 @@ what is selected by a mask or gate is selected, never multiplied by 0.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from mat_export.pixels import KEEP_THRESHOLD
 from mat_torch import generator as reference
 from mat_torch import layers
 from mat_torch.attention import Block
-from mat_torch.config import BOTTLENECK, LRELU_SLOPE, GeneratorConfig
+from mat_torch.config import BOTTLENECK, LRELU_SLOPE
 
 __all__ = ["REWRITES", "InferenceGenerator", "rewrite_counts"]
 
@@ -55,6 +55,8 @@ REWRITES: dict[str, str] = {
 
 _SQRT2 = layers.LRELU_GAIN
 
+_M = TypeVar("_M", bound=nn.Module)
+
 
 def rewrite_counts(model: nn.Module) -> dict[str, int]:
     """In how many places each rewrite was applied, by name, in the order of REWRITES."""
@@ -66,6 +68,18 @@ def _constant(value: Tensor) -> Tensor:
     return value.detach().clone().contiguous()
 
 
+def _as(kind: type[_M], module: object) -> _M:
+    """A submodule by its type, which containers of modules forget."""
+    if not isinstance(module, kind):
+        raise TypeError(f"a {kind.__name__} is needed here, got a {type(module).__name__}")
+    return module
+
+
+def _all_as(kind: type[_M], modules: Iterable[object]) -> list[_M]:
+    """The members of a container of modules by their type."""
+    return [_as(kind, module) for module in modules]
+
+
 # -- gains --------------------------------------------------------------------------------------
 
 
@@ -74,17 +88,19 @@ class Linear(nn.Module):
 
     Args:
         weight: [out, in], gains folded.
-        bias: [out] or None.
+        bias: [out].
         activation: Whether lrelu follows (its √2 folded too).
     """
 
     rewrites: ClassVar = ("fold-gains",)
+    weight: Tensor
+    bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, activation: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, *, activation: bool = False) -> None:
         super().__init__()
         gain = _SQRT2 if activation else 1.0  # lrelu is positively homogeneous
         self.register_buffer("weight", _constant(weight * gain))
-        self.register_buffer("bias", None if bias is None else _constant(bias * gain))
+        self.register_buffer("bias", _constant(bias * gain))
         self.activation = activation
 
     @classmethod
@@ -102,6 +118,7 @@ class Blur(nn.Module):
     """The resampling filter over each of `channels` channels, its weights a constant."""
 
     rewrites: ClassVar = ("constant-filter",)
+    weight: Tensor
 
     def __init__(self, channels: int, padding: tuple[int, int, int, int], gain: float) -> None:
         super().__init__()
@@ -161,6 +178,8 @@ class ImageUpsample(nn.Module):
     """
 
     rewrites: ClassVar = ("image-upsampling",)
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, channels: int = 3, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -184,20 +203,24 @@ class Conv(nn.Module):
     """
 
     rewrites: ClassVar = ("fold-gains",)
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: layers.Conv) -> None:
         super().__init__()
         gain = layer.gain * (_SQRT2 if layer.activation else 1.0)
         weight = layer.weight * (layer.weight_gain * gain)
         self.activation = layer.activation
-        self.register_buffer("bias", None if layer.bias is None else _constant(layer.bias * gain))
+        bias = None if layer.bias is None else layer.bias * gain
         self.subpixel: SubpixelConv | None = None
         self.blur: Blur | None = None
         self.stride = layer.down
         if layer.up == 2:
             self.subpixel = SubpixelConv(weight)
+            bias = None if bias is None else bias[:, None, None]  # added to a feature map
         else:
             self.register_buffer("weight", _constant(weight))
+        self.register_buffer("bias", None if bias is None else _constant(bias))
         if layer.down == 2:
             if weight.shape[-1] != 3:
                 raise NotImplementedError("the generator has no 1x1 convolution down")
@@ -206,7 +229,7 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.subpixel is not None:
             y = self.subpixel(x)
-            y = y if self.bias is None else y + self.bias[:, None, None]
+            y = y if self.bias is None else y + self.bias
         elif self.blur is not None:
             y = F.conv2d(self.blur(x), self.weight, self.bias, stride=self.stride)
         else:
@@ -244,6 +267,9 @@ class Attention(nn.Module):
     """
 
     rewrites: ClassVar = ("merge-query-key",)
+    query_key_weight: Tensor
+    query_key_bias: Tensor
+    value_weight: Tensor
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -271,6 +297,12 @@ class FusedBlock(nn.Module):
     """
 
     rewrites: ClassVar = ("fold-projection", "fold-gains")
+    fuse_weight: Tensor
+    fuse_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -312,7 +344,7 @@ class TokenStage(nn.Module):
     def __init__(self, stage: reference.TokenStage) -> None:
         super().__init__()
         self.downsample = None if stage.downsample is None else PartialConv(stage.downsample.conv)
-        self.blocks = nn.ModuleList(FusedBlock(block) for block in stage.blocks)
+        self.blocks = nn.ModuleList(FusedBlock(block) for block in _all_as(Block, stage.blocks))
         self.conv = PartialConv(stage.conv)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -372,7 +404,7 @@ class StyleBank(nn.Module):
                 (convs[i].weight[0].double() * convs[i].weight_gain).square().sum((2, 3)).T
                 for i in members
             ]
-            halved = torch.stack(energy).float() / 2.0
+            halved = torch.stack(energy).float().squeeze(0) / 2.0
             self.register_buffer(f"energy_{width}_{out}", _constant(halved))
 
     def forward(self, style: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -384,9 +416,9 @@ class StyleBank(nn.Module):
         styles = self.affine(style)
         # Largest magnitude of each layer, [B, layers].
         maxima = [
-            part.unflatten(1, (-1, width)).amax(dim=2)
+            torch.unflatten(part, 1, (-1, width)).amax(dim=2)
             for part, width in zip(
-                styles.abs().split([n * w for w, n in self._width_runs()], dim=1),
+                torch.split(styles.abs(), [n * w for w, n in self._width_runs()], dim=1),
                 (w for w, _ in self._width_runs()),
                 strict=True,
             )
@@ -395,7 +427,8 @@ class StyleBank(nn.Module):
         s = styles / m.index_select(1, self.get_buffer("layer_of_input"))
         # Demodulation of each output channel, [B, channels].
         sizes = [width * len(members) for (width, _), members in self._runs]
-        squares = s.square().split([*sizes, sum(self._widths[len(self._outs) :])], dim=1)[:-1]
+        rest = sum(self._widths[len(self._outs) :])
+        squares = torch.split(s.square(), [*sizes, rest], dim=1)[:-1]
         energies = [
             self._energy(square, shape, len(members))
             for square, (shape, members) in zip(squares, self._runs, strict=True)
@@ -404,9 +437,9 @@ class StyleBank(nn.Module):
         eps = eps.index_select(1, self.get_buffer("layer_of_output"))
         factor = torch.rsqrt(torch.cat(energies, dim=1) + eps)
         # One tensor a layer, shaped to scale feature maps.
-        scales = s[:, :, None, None].split(self._widths, dim=1)
-        factors = factor[:, :, None, None].split(self._outs, dim=1)
-        magnitudes = m[:, :, None, None].split(1, dim=1)[len(self._outs) :]
+        scales = torch.split(s[:, :, None, None], self._widths, dim=1)
+        factors = torch.split(factor[:, :, None, None], self._outs, dim=1)
+        magnitudes = torch.split(m[:, :, None, None], 1, dim=1)[len(self._outs) :]
         pairs = zip(scales, (*factors, *magnitudes), strict=True)
         results = dict(zip(self._order, pairs, strict=True))
         return [results[i] for i in range(len(results))]
@@ -419,8 +452,8 @@ class StyleBank(nn.Module):
         """Σ w²s² of `count` layers of one shape: [B, count·in] → [B, count·out]."""
         weight = self.get_buffer(f"energy_{shape[0]}_{shape[1]}")
         if count == 1:
-            return square @ weight[0]
-        return (square.unflatten(1, (count, 1, shape[0])) @ weight).flatten(1)
+            return square @ weight
+        return (torch.unflatten(square, 1, (count, 1, shape[0])) @ weight).flatten(1)
 
 
 def _repeated(sizes: Sequence[int]) -> Tensor:
@@ -437,6 +470,8 @@ class StyleConv(nn.Module):
     """
 
     rewrites: ClassVar = ("modulate-activations", "fold-gains")
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, layer: layers.StyleConv, noise: str = "const") -> None:
         super().__init__()
@@ -447,7 +482,7 @@ class StyleConv(nn.Module):
         else:
             self.register_buffer("weight", _constant(weight))
         self.register_buffer("bias", _constant(layer.bias[:, None, None] * _SQRT2))
-        self.noise: nn.Module | None = None
+        self.noise: ConstantNoise | InputNoise | None = None
         if layer.noise_strength is not None and layer.noise_const is not None:
             strength = layer.noise_strength * _SQRT2
             self.noise = (
@@ -471,17 +506,20 @@ class ConstantNoise(nn.Module):
     """A layer's own noise map, its strength inside."""
 
     rewrites: ClassVar = ("constant-noise",)
+    map: Tensor
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__()
         self.register_buffer("map", _constant(noise[None, None]))
 
     def forward(self, noise: Tensor | None) -> Tensor:
-        return self.get_buffer("map")
+        return self.map
 
 
 class InputNoise(nn.Module):
     """The caller's noise map times the layer's strength."""
+
+    strength: Tensor
 
     def __init__(self, strength: Tensor) -> None:
         super().__init__()
@@ -497,6 +535,8 @@ class ToRGB(nn.Module):
     """``conv(x·scale)·magnitude + bias + upsampled previous RGB``."""
 
     rewrites: ClassVar = ("modulate-activations",)
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, layer: layers.ToRGB, *, first: bool) -> None:
         super().__init__()
@@ -511,9 +551,7 @@ class ToRGB(nn.Module):
         self, x: Tensor, scale: Tensor, magnitude: Tensor, previous: Tensor | None
     ) -> Tensor:
         rgb = F.conv2d(x * scale, self.weight) * magnitude
-        if self.upsample is None:
-            return rgb + self.get_buffer("bias")
-        return rgb + self.upsample(previous)
+        return rgb + (self.bias if self.upsample is None else self.upsample(previous))
 
 
 # -- the two stages -----------------------------------------------------------------------------
@@ -540,11 +578,11 @@ class GatedStyle(nn.Module):
         a = self.to_square(style)
         if self.resize == "linear":
             # As an image of one line, which exports as one Resize.
-            a = a.unflatten(1, (1, 1, -1))
+            a = torch.unflatten(a, 1, (1, 1, -1))
             a = F.interpolate(a, size=(1, h * w), mode="bilinear", align_corners=False)
             a = a.reshape(-1, 1, h, w)
         else:
-            a = a.unflatten(1, (1, BOTTLENECK, BOTTLENECK))
+            a = torch.unflatten(a, 1, (1, BOTTLENECK, BOTTLENECK))
             if self.resize == "bilinear":
                 a = F.interpolate(a, size=(h, w), mode="bilinear", align_corners=False)
         return torch.where(gate > 0.5, x, a)
@@ -555,7 +593,7 @@ class PooledStyle(nn.Module):
 
     def __init__(self, convs: nn.Module, fc: layers.Linear) -> None:
         super().__init__()
-        self.conv = nn.Sequential(*(Conv(conv) for conv in convs.children()))  # type: ignore[arg-type]
+        self.conv = nn.Sequential(*(Conv(conv) for conv in _all_as(layers.Conv, convs.children())))
         self.fc = Linear.of(fc)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -597,19 +635,23 @@ class FirstStage(nn.Module):
     def __init__(self, stage: reference.FirstStage, dynamic_size: bool) -> None:
         super().__init__()
         self.conv_first = PartialConv(stage.conv_first)
-        self.enc_conv = nn.ModuleList(PartialConv(conv) for conv in stage.enc_conv)
-        self.tran = nn.ModuleList(TokenStage(tran) for tran in stage.tran)
+        self.enc_conv = nn.ModuleList(
+            PartialConv(conv) for conv in _all_as(layers.PartialConv, stage.enc_conv)
+        )
+        self.tran = nn.ModuleList(
+            TokenStage(tran) for tran in _all_as(reference.TokenStage, stage.tran)
+        )
         self.ws_style = Linear.of(stage.ws_style)
         self.mix = GatedStyle(stage.to_square, "linear" if dynamic_size else None)
         self.pool = PooledStyle(stage.down_conv, stage.to_style)
+        levels = _all_as(reference.TokenDecoderLevel, stage.dec_conv)
         self.dec_conv = nn.ModuleList(
-            DecoderLevel(level, first=i == 0, noise="const")
-            for i, level in enumerate(stage.dec_conv)
+            DecoderLevel(level, first=i == 0, noise="const") for i, level in enumerate(levels)
         )
         self.styles = StyleBank(
             [
                 conv
-                for level in stage.dec_conv
+                for level in levels
                 for conv in (level.conv0.conv, level.conv1.conv, level.toRGB.conv)
             ]
         )
@@ -630,7 +672,7 @@ class FirstStage(nn.Module):
         # Style.
         v = self.ws_style(w)
         grid = x.shape[-2:]
-        x = self.mix(x, v, gate.transpose(1, 2).unflatten(2, grid))
+        x = self.mix(x, v, torch.unflatten(gate.transpose(1, 2), 2, grid))
         styles = self.styles(torch.cat([self.pool(x), v], dim=1))
         # Tokens, up.
         x = self.tran[3](x, None)[0] + skip_32
@@ -648,28 +690,28 @@ class SecondStage(nn.Module):
 
     def __init__(self, synthesis: reference.Synthesis, dynamic_size: bool, noise: str) -> None:
         super().__init__()
-        config: GeneratorConfig = synthesis.config
-        self.sides = config.encoder_resolutions
+        encoder = zip(
+            synthesis.enc, _all_as(reference.EncoderLevel, synthesis.enc.values()), strict=True
+        )
         self.enc = nn.ModuleDict(
-            {
-                name: nn.Sequential(Conv(level.conv0), Conv(level.conv1))
-                for name, level in synthesis.enc.items()
-            }
+            {name: nn.Sequential(Conv(level.conv0), Conv(level.conv1)) for name, level in encoder}
         )
         self.mix = GatedStyle(synthesis.to_square, "bilinear" if dynamic_size else None)
         self.to_style = PooledStyle(synthesis.to_style.conv, synthesis.to_style.fc)
-        levels = list(synthesis.dec.values())
-        self.conv0 = Conv(levels[0].conv0)
-        self.conv1 = StyleConv(levels[0].conv1, noise)
-        self.toRGB = ToRGB(levels[0].toRGB, first=True)
+        first, *others = synthesis.dec.values()
+        smallest = _as(reference.BottleneckLevel, first)
+        levels = _all_as(reference.DecoderLevel, others)
+        self.conv0 = Conv(smallest.conv0)
+        self.conv1 = StyleConv(smallest.conv1, noise)
+        self.toRGB = ToRGB(smallest.toRGB, first=True)
         self.dec = nn.ModuleDict(
             {
                 name: DecoderLevel(level, first=False, noise=noise)
-                for name, level in list(synthesis.dec.items())[1:]
+                for name, level in zip(list(synthesis.dec)[1:], levels, strict=True)
             }
         )
-        convs = [levels[0].conv1.conv, levels[0].toRGB.conv]
-        for level in levels[1:]:
+        convs = [smallest.conv1.conv, smallest.toRGB.conv]
+        for level in levels:
             convs += [level.conv0.conv, level.conv1.conv, level.toRGB.conv]
         self.styles = StyleBank(convs)
 
@@ -690,7 +732,7 @@ class SecondStage(nn.Module):
         styles = self.styles(torch.cat([w, self.to_style(x)], dim=1))
         # Decoder.
         x = self.conv1(self.conv0(x) + x, *styles[0], noise[0])
-        rgb = self.toRGB(x, *styles[1], None)
+        rgb: Tensor = self.toRGB(x, *styles[1], None)
         for i, level in enumerate(self.dec.values()):
             own = styles[3 * i + 2 : 3 * i + 5]
             x, rgb = level(x, rgb, skips[-2 - i], own, noise[2 * i + 1 : 2 * i + 3])
@@ -700,16 +742,18 @@ class SecondStage(nn.Module):
 class Mapping(nn.Module):
     """z to the truncated w: [B, D] → [B, D]."""
 
+    w_avg: Tensor
+
     def __init__(self, mapping: layers.Mapping) -> None:
         super().__init__()
-        self.fc = nn.Sequential(
-            *(Linear.of(mapping.get_submodule(f"fc{i}")) for i in range(mapping.layers))  # type: ignore[arg-type]
-        )
+        fully_connected = (mapping.get_submodule(f"fc{i}") for i in range(mapping.layers))
+        self.fc = nn.Sequential(*map(Linear.of, _all_as(layers.Linear, fully_connected)))
         self.register_buffer("w_avg", _constant(mapping.w_avg))
 
     def forward(self, z: Tensor, truncation: Tensor) -> Tensor:
         x = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + layers.LATENT_EPS)
-        return self.w_avg + truncation * (self.fc(x) - self.w_avg)
+        w: Tensor = self.fc(x)
+        return self.w_avg + truncation * (w - self.w_avg)
 
 
 class InferenceGenerator(nn.Module):
@@ -762,12 +806,12 @@ class InferenceGenerator(nn.Module):
 
 
 def _to_unit(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``mat_export.pixels.to_unit`` in torch."""
-    x = image.permute(0, 3, 1, 2).float() * (1.0 / 127.5) - 1.0
-    return x, (mask.int() >= KEEP_THRESHOLD).float()[:, None]
+    """``mat_export.pixels.to_unit`` in torch; TensorRT has bytes at the graph's ends only."""
+    x = image.float().permute(0, 3, 1, 2) * (1.0 / 127.5) - 1.0
+    return x, (mask.float() >= KEEP_THRESHOLD).float()[:, None]
 
 
 def _from_unit(x: Tensor) -> Tensor:
     """``mat_export.pixels.from_unit`` in torch."""
     x = ((x + 1.0) * 127.5).round().clamp(0.0, 255.0)
-    return x.to(torch.uint8).permute(0, 2, 3, 1)
+    return x.permute(0, 2, 3, 1).to(torch.uint8)

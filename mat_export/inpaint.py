@@ -16,6 +16,7 @@ inputs from ``(seed + k · 0x9E3779B97F4A7C15) mod 2⁶⁴``: the first draws th
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -186,6 +187,7 @@ class Inpainter:
         Raises:
             UserError: As `fill`.
         """
+        seed, count = operator.index(seed), operator.index(count)
         check_seeds(seed, count)
         if not 0.0 <= truncation <= 2.0:
             raise UserError(f"truncation is from 0 to 2, got {truncation}")

@@ -1,8 +1,8 @@
 """Lower a model's opset: TensorRT 8.6, for one, parses nothing later than 17.
 
 Only the standard operators of the main graph are lowered; functions are made for the opset they are
-wanted in. Each operator whose meaning changed in between has a rule here, and one without a rule
-stops the pass: nothing is ever lowered by merely changing the number.
+wanted in. Each revision of an operator in between has a rule here that takes it back, and one
+without a rule stops the pass: nothing is ever lowered by merely changing the number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LoweringError(UserError):
 
 
 class _Constants:
-    """Values of small initializers and constants, by name."""
+    """Values of initializers, by name."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
@@ -52,9 +52,10 @@ _Rule = Callable[[onnx.NodeProto, _Constants], None]
 
 def _axes_to_attribute(node: onnx.NodeProto, constants: _Constants) -> None:
     """Reductions: axes became an input in opset 18."""
-    if len(node.input) > 1 and node.input[1]:
-        node.attribute.append(onnx.helper.make_attribute("axes", constants.ints(node, 1)))
-        del node.input[1:]
+    axes = constants.ints(node, 1) if len(node.input) > 1 and node.input[1] else []
+    if axes:  # no axes meant all of them, then as now
+        node.attribute.append(onnx.helper.make_attribute("axes", axes))
+    del node.input[1:]
     _drop(node, "noop_with_empty_axes", only=0)
 
 
@@ -69,6 +70,12 @@ def _plain_resize(node: onnx.NodeProto, constants: _Constants) -> None:
     _drop(node, "antialias", only=0)
     _drop(node, "keep_aspect_ratio_policy", only=b"stretch")
     _refuse(node, "axes")
+
+
+def _known_coordinates(node: onnx.NodeProto, constants: _Constants) -> None:
+    """Resize: one more way to map coordinates came in opset 19."""
+    if _attribute(node, "coordinate_transformation_mode") == b"half_pixel_symmetric":
+        raise LoweringError(f"{node.name}: half_pixel_symmetric has no form in the older opset")
 
 
 def _plain_pool(node: onnx.NodeProto, constants: _Constants) -> None:
@@ -99,20 +106,25 @@ def _unchanged(node: onnx.NodeProto, constants: _Constants) -> None:
     """Only element types were added."""
 
 
-_RULES: dict[str, _Rule] = {
-    **dict.fromkeys(
-        ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceProd"), _axes_to_attribute
-    ),
-    "Split": _equal_split,
-    "Resize": _plain_resize,
-    "AveragePool": _plain_pool,
-    "Cast": _plain_cast,
-    "Reshape": _plain_reshape,
-    **dict.fromkeys(
-        ("Shape", "Equal", "Identity", "Constant", "ConstantOfShape", "Size"),
-        _unchanged,
-    ),
+_RULES: dict[tuple[str, int], _Rule] = {
+    **{
+        (op, 18): _axes_to_attribute
+        for op in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceProd")
+    },
+    ("Split", 18): _equal_split,
+    ("Resize", 18): _plain_resize,
+    ("Resize", 19): _known_coordinates,
+    ("AveragePool", 19): _plain_pool,
+    ("Cast", 19): _plain_cast,
+    ("CastLike", 19): _plain_cast,
+    ("Reshape", 19): _plain_reshape,
+    **{
+        (op, 19): _unchanged
+        for op in ("Shape", "Equal", "Identity", "Constant", "ConstantOfShape", "Size")
+    },
+    **{(op, 20): _unchanged for op in ("ReduceMax", "ReduceMin", "ConstantOfShape")},
 }
+"""What takes an operator back before the revision that came with an opset."""
 
 
 def lower_opset(model: onnx.ModelProto, opset: int) -> bool:
@@ -133,23 +145,44 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> bool:
         return False
     constants = _Constants(model.graph)
     for node in model.graph.node:
-        if node.domain == "" and _changed(node.op_type, opset, current.version):
-            rule = _RULES.get(node.op_type)
+        for revision in _revisions(node, opset, current.version):
+            rule = _RULES.get((node.op_type, revision))
             if rule is None:
                 raise LoweringError(
-                    f"{node.name}: {node.op_type} of opset {current.version} has no known form in "
+                    f"{node.name}: {node.op_type} of opset {revision} has no known form in "
                     f"opset {opset}; export without --opset"
                 )
             rule(node, constants)
+    _drop_unread(model.graph)
     current.version = opset
     model.ir_version = min(model.ir_version, _IR_VERSIONS[opset])
     return True
 
 
-def _changed(op: str, old: int, new: int) -> bool:
-    """Whether an operator was revised between two opsets."""
-    since: int = onnx.defs.get_schema(op, new).since_version
-    return since > old
+def _revisions(node: onnx.NodeProto, old: int, new: int) -> list[int]:
+    """Opsets after `old` and up to `new` that revised the node's operator, newest first."""
+    if node.domain:
+        return []
+    if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
+        raise LoweringError(f"{node.name}: {node.op_type} has a graph of its own, left as it is")
+    schema = onnx.defs.get_schema(node.op_type, new)
+    found = []
+    while schema.since_version > old:
+        found.append(schema.since_version)
+        if not onnx.defs.has(node.op_type, schema.since_version - 1):
+            break
+        schema = onnx.defs.get_schema(node.op_type, schema.since_version - 1)
+    return found
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove initializers that became attributes."""
+    read = {name for node in graph.node for name in node.input}
+    read |= {output.name for output in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    if len(kept) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> Any:

@@ -25,6 +25,7 @@ __all__ = [
     "manifest_path",
     "package_version",
     "read_manifest",
+    "require_writable",
     "save_model",
 ]
 
@@ -63,14 +64,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: If the folder is missing or cannot be written, or the disk is full.
     """
     target = Path(path)
-    if target.is_dir():
-        raise UserError(f"'{target}' is a folder; name a file to write")
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
-        os.close(handle)
-    except OSError as error:
-        raise UserError(f"cannot write '{target}': {error.strerror}") from error
-    temporary = Path(name)
+    temporary = _temporary_beside(target)
     try:
         yield temporary
         umask = os.umask(0)
@@ -81,6 +75,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(f"cannot write '{target}': {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_beside(target: Path) -> Path:
+    """A new empty file in the folder of `target`, which must be a place for a file."""
+    try:
+        if target.is_dir():
+            raise UserError(f"'{target}' is a folder; name a file to write")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"cannot write '{target}': {error.strerror}") from error
+    return Path(name)
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the UserError of atomic_path now rather than after a long job; leaves nothing."""
+    _temporary_beside(Path(path)).unlink()
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -97,7 +108,7 @@ def manifest_path(path: str | os.PathLike[str]) -> Path:
 def save_model(
     model: onnx.ModelProto, path: str | os.PathLike[str], facts: Mapping[str, Any]
 ) -> tuple[str, int]:
-    """Write an ONNX model and its manifest.
+    """Write an ONNX model and its manifest, both or neither.
 
     Args:
         model: The model, below 2 GiB.
@@ -107,22 +118,22 @@ def save_model(
     Returns:
         SHA-256 and size in bytes of the file.
     """
-    with atomic_path(path) as temporary:
+    graph = facts.get("graph")
+    with atomic_path(manifest_path(path)) as papers, atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
         digest, size = file_digest(temporary), temporary.stat().st_size
-    graph = facts.get("graph")
-    entries = {
-        **facts,
-        **({"graph": json.loads(graph.to_json())} if isinstance(graph, GraphSpec) else {}),
-        "sha256": digest,
-        "bytes": size,
-        "versions": {
-            "mat-export": package_version(),
-            "python": platform.python_version(),
-            **{name: package_version(name) for name in ("torch", "onnx", "onnxscript")},
-        },
-    }
-    atomic_write(manifest_path(path), json.dumps(entries, indent=2, sort_keys=True) + "\n")
+        entries = {
+            **facts,
+            **({"graph": json.loads(graph.to_json())} if isinstance(graph, GraphSpec) else {}),
+            "sha256": digest,
+            "bytes": size,
+            "versions": {
+                "mat-export": package_version(),
+                "python": platform.python_version(),
+                **{name: package_version(name) for name in ("torch", "onnx", "onnxscript")},
+            },
+        }
+        papers.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return digest, size
 
 

@@ -84,9 +84,10 @@ class Palette:
         if not count:
             return index.copy(), self
         step = -(-count // _SAMPLE)
+        used = self._padded(int(index.max()) + 1)
         rows = [slice(top, top + _STRIPE) for top in range(0, index.shape[0], _STRIPE)]
         sample = [(rgb[r][visible[r]][::step], index[r][visible[r]][::step]) for r in rows]
-        palette = self._extended(
+        palette = used._extended(
             np.concatenate([colours for colours, _ in sample]),
             self.opacity(np.concatenate([old for _, old in sample])),
         )
@@ -95,6 +96,15 @@ class Palette:
             old = index[r][visible[r]]
             result[r][visible[r]] = matcher.nearest(rgb[r][visible[r]], palette.opacity(old), old)
         return result, palette
+
+    def _padded(self, count: int) -> Palette:
+        """At least so many entries: a picture may use black ones that its file leaves out."""
+        more = max(0, count - len(self.colours))
+        return Palette(
+            np.pad(self.colours, ((0, more), (0, 0))),
+            np.pad(self.alpha, (0, more), constant_values=255),
+            self.translucent,
+        )
 
     def _extended(self, colours: Bytes, alpha: Bytes) -> Palette:
         """The palette with the most useful opaque colours in its free entries."""
@@ -125,11 +135,11 @@ class Palette:
 
 
 class _Matcher:
-    """Nearest entries of a palette, remembered for every colour that was asked for."""
+    """Nearest entries of a palette; those of opaque colours are remembered."""
 
     def __init__(self, palette: Palette) -> None:
         self._palette = palette
-        self._known: dict[int, NDArray[np.int16]] = {}
+        self._opaque = np.full(1 << 24, -1, dtype=np.int16)
 
     def nearest(self, colours: Bytes, alpha: Bytes, index: Bytes) -> Bytes:
         """The nearest entry for each of [n, 3] colours, among those as opaque as asked."""
@@ -137,15 +147,15 @@ class _Matcher:
         code = colours.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
         for level in np.unique(alpha).tolist():
             entries = np.flatnonzero(self._palette.alpha == level)
-            if not entries.size:  # indices beyond the palette, and no entry as opaque as they are
-                continue
             chosen = np.flatnonzero(alpha == level)
-            table = self._known.setdefault(level, np.full(1 << 24, -1, dtype=np.int16))
             wanted = code[chosen]
-            new = np.unique(wanted[table[wanted] < 0])
-            if new.size:
-                table[new] = entries[self._closest(new, entries)]
-            result[chosen] = table[wanted]
+            if level == 255:
+                new = np.unique(wanted[self._opaque[wanted] < 0])
+                self._opaque[new] = entries[self._closest(new, entries)]
+                result[chosen] = self._opaque[wanted]
+            else:
+                unique, back = np.unique(wanted, return_inverse=True)
+                result[chosen] = entries[self._closest(unique, entries)][back.reshape(-1)]
         return result
 
     def _closest(self, code: NDArray[np.int32], entries: NDArray[np.intp]) -> NDArray[np.intp]:

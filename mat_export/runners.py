@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mat_export.contract import GraphSpec, UserError
+from mat_torch.config import ConfigError, GeneratorConfig
 
 if TYPE_CHECKING:
     from mat_torch.checkpoint import Checkpoint
@@ -81,15 +82,15 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
         UserError: With the input, what it is and what it has to be.
     """
     expected = {tensor.name: tensor for tensor in spec.inputs}
-    for missing in expected.keys() - inputs.keys():
+    for missing in (name for name in expected if name not in inputs):
         raise UserError(f"input '{missing}' is missing; the model takes {', '.join(expected)}")
-    for unknown in inputs.keys() - expected.keys():
+    for unknown in (name for name in inputs if name not in expected):
         raise UserError(f"the model has no input '{unknown}'; it takes {', '.join(expected)}")
     axes: dict[str, int] = {}
     for name, tensor in expected.items():
         array = inputs[name]
         fits = array.ndim == len(tensor.shape) and all(
-            size == (axis if isinstance(axis, int) else axes.setdefault(axis, size))
+            size >= 1 and size == (axis if isinstance(axis, int) else axes.setdefault(axis, size))
             for axis, size in zip(tensor.shape, array.shape, strict=True)
         )
         if not fits or str(array.dtype) != tensor.dtype:
@@ -98,8 +99,22 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
                 f"input '{name}' is {array.dtype} {list(array.shape)}, "
                 f"the model takes {tensor.dtype} [{wanted}]"
             )
-    if spec.dynamic_size:
-        spec.config.check_size(axes["height"], axes["width"])
+        if name == "image" and spec.dynamic_size:
+            axes |= _axes_of_size(spec.config, axes["height"], axes["width"])
+
+
+def _axes_of_size(config: GeneratorConfig, height: int, width: int) -> dict[str, int]:
+    """Every axis that follows from the size of the image."""
+    try:
+        config.check_size(height, width)
+    except ConfigError as error:
+        raise UserError(str(error)) from error
+    h, w = config.bottleneck_grid(height, width)
+    axes = {"tokens": h * w, "grid_height": h, "grid_width": w}
+    for side in config.noise_resolutions.values():
+        axes[f"height_{side}"] = side * height // config.resolution
+        axes[f"width_{side}"] = side * width // config.resolution
+    return axes
 
 
 class TorchRunner(_Closing):
@@ -146,7 +161,8 @@ class TorchRunner(_Closing):
         arrays = dict(inputs)
         if self.spec.io == "uint8":
             arrays["image"], arrays["mask"] = to_unit(arrays["image"], arrays["mask"])
-        tensors = {k: torch.from_numpy(v).to(self._device) for k, v in arrays.items()}
+        # Copies: torch takes neither negative strides nor read-only arrays as they are.
+        tensors = {k: torch.from_numpy(v.copy()).to(self._device) for k, v in arrays.items()}
         noise = {k: tensors.pop(k) for k in list(tensors) if k.startswith("noise_")}
         with torch.inference_mode():
             output, coarse = self._model(**tensors, noise=noise)
@@ -168,7 +184,10 @@ class OrtRunner(_Closing):
         model: Path of an ONNX file, or the bytes of one.
         providers: Execution providers in order of preference; None chooses.
         threads: CPU threads within an operator, ONNX Runtime's choice if None.
-        extra_outputs: Read the graph's tensors of these names too (parity looks at masks).
+        spec: Contract to follow; by default the one in the file's metadata.
+
+    Raises:
+        UserError: If there is no such file, ONNX Runtime cannot load it, or it has no contract.
     """
 
     def __init__(
@@ -225,7 +244,7 @@ def _providers(available: Sequence[str]) -> list[str]:
 
 
 def _existing_file(path: str | os.PathLike[str]) -> str:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which raises for no path at all, unlike pathlib's
         raise UserError(f"there is no file '{path}'")
     return os.fspath(path)
 

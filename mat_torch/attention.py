@@ -101,7 +101,8 @@ def masked_window_attention(
 
     def split(x: Tensor) -> Tensor:  # [B, windows, heads, window², head_dim]
         x = torch.roll(x, (-shift, -shift), (1, 2)) if shift else x
-        return cut_windows(x, window).unflatten(-1, (heads, head_dim)).transpose(2, 3)
+        x = torch.unflatten(cut_windows(x, window), -1, (heads, head_dim))
+        return x.transpose(2, 3)
 
     logits = split(q) @ split(k).transpose(-2, -1)
     if shift:
@@ -132,7 +133,8 @@ def mask_propagation(valid: Tensor, *, window: int, shift: int) -> Tensor:
     height, width = valid.shape[-2:]
     window, shift = effective_window(height, width, window, shift)
     x = torch.roll(valid, (-shift, -shift), (2, 3)) if shift else valid
-    x = x.unflatten(3, (width // window, window)).unflatten(2, (height // window, window))
+    x = torch.unflatten(x, 3, (width // window, window))
+    x = torch.unflatten(x, 2, (height // window, window))
     x = x.any(dim=5, keepdim=True).any(dim=3, keepdim=True)
     x = x.expand(-1, -1, -1, window, -1, window).reshape(valid.shape)
     return torch.roll(x, (shift, shift), (2, 3)) if shift else x
@@ -164,7 +166,8 @@ class MultiHeadAttention(nn.Module):
             heads=self.heads,
             regions=regions,
         )
-        return self.proj(y)
+        projected: Tensor = self.proj(y)
+        return projected
 
 
 class Mlp(nn.Module):

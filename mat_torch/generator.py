@@ -7,6 +7,8 @@ are.
 from __future__ import annotations
 
 from collections.abc import Mapping as MappingType
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +140,8 @@ class FirstStage(nn.Module):
         for level, skip in zip(self.dec_conv, reversed(skips[:-1]), strict=True):
             x, rgb = level(x, rgb, style, skip)
         assert rgb is not None, "a native size of 128 or more has at least one level"
-        return rgb * (1.0 - mask) + image * mask
+        coarse: Tensor = rgb * (1.0 - mask) + image * mask
+        return coarse
 
 
 def _mix_tokens(x: Tensor, square: Tensor, gate: Tensor) -> Tensor:
@@ -147,8 +150,8 @@ def _mix_tokens(x: Tensor, square: Tensor, gate: Tensor) -> Tensor:
     a = square[:, None, :]
     if h * w != BOTTLENECK**2:
         a = F.interpolate(a, size=h * w, mode="linear", align_corners=False)
-    g = gate.transpose(1, 2).unflatten(2, (h, w))
-    return x * g + a.unflatten(2, (h, w)) * (1.0 - g)
+    g = torch.unflatten(gate.transpose(1, 2), 2, (h, w))
+    return x * g + torch.unflatten(a, 2, (h, w)) * (1.0 - g)
 
 
 class EncoderLevel(nn.Module):
@@ -190,6 +193,12 @@ class BottleneckLevel(nn.Module):
         self.conv1 = StyleConv(channels, channels, style_dim, noise_resolution=BOTTLENECK)
         self.toRGB = ToRGB(channels, style_dim)
 
+    def forward(
+        self, e16: Tensor, styles: Sequence[Tensor], noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x = self.conv1(self.conv0(e16) + e16, styles[0], noise)
+        return x, self.toRGB(x, styles[1], None)
+
 
 class DecoderLevel(nn.Module):
     """StyleConv up 2, + skip, StyleConv, ToRGB; both StyleConvs have noise."""
@@ -201,6 +210,18 @@ class DecoderLevel(nn.Module):
         )
         self.conv1 = StyleConv(out_channels, out_channels, style_dim, noise_resolution=resolution)
         self.toRGB = ToRGB(out_channels, style_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        rgb: Tensor,
+        styles: Sequence[Tensor],
+        skip: Tensor,
+        noise: Sequence[Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
+        x = self.conv0(x, styles[0], noise[0]) + skip
+        x = self.conv1(x, styles[1], noise[1])
+        return x, self.toRGB(x, styles[2], rgb)
 
 
 class Synthesis(nn.Module):
@@ -255,13 +276,11 @@ class Synthesis(nn.Module):
         # Decoder.
         noise = noise or {}
         level = self.dec[f"Dec_{BOTTLENECK}x{BOTTLENECK}"]
-        x = level.conv1(level.conv0(e16) + e16, style[0], noise.get("noise_16"))
-        rgb = level.toRGB(x, style[1], None)
+        x, rgb = level(e16, style[:2], noise.get("noise_16"))
         for n, r in enumerate(reversed(config.encoder_resolutions[:-1]), start=5):
             level = self.dec[f"Dec_{r}x{r}"]
-            x = level.conv0(x, style[2 * n - 9], noise.get(f"noise_{r}_0")) + skips[r]
-            x = level.conv1(x, style[2 * n - 8], noise.get(f"noise_{r}_1"))
-            rgb = level.toRGB(x, style[2 * n - 7], rgb)
+            maps = noise.get(f"noise_{r}_0"), noise.get(f"noise_{r}_1")
+            x, rgb = level(x, rgb, style[2 * n - 9 : 2 * n - 6], skips[r], maps)
         return rgb * (1.0 - mask) + image * mask, coarse
 
 
@@ -343,7 +362,8 @@ class Generator(nn.Module):
         for i in (0, 1):
             if i == 1:
                 mask = partial("tran.1.downsample", mask, 2)
-            for j, block in enumerate(stage.tran[i].blocks):
+            for j, module in enumerate(cast(TokenStage, stage.tran[i]).blocks):
+                block = cast(Block, module)
                 valid = mask_propagation(mask > 0.5, window=block.window, shift=block.shift)
                 mask = states[f"tran.{i}.blocks.{j}"] = valid.to(mask.dtype)
             mask = partial(f"tran.{i}.conv", mask)

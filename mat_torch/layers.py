@@ -296,7 +296,7 @@ class StyleConv(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None = None) -> Tensor:
         y = self.conv(x, style)
-        if self.noise_strength is not None:
+        if self.noise_strength is not None and self.noise_const is not None:
             y = y + self.noise_strength * (self.noise_const if noise is None else noise)
         return lrelu(y + self.bias[:, None, None])
 
@@ -312,7 +312,7 @@ class ToRGB(nn.Module):
         self.register_buffer("fir", fir_kernel(4.0), persistent=False)
 
     def forward(self, x: Tensor, style: Tensor, previous: Tensor | None) -> Tensor:
-        rgb = self.conv(x, style) + self.bias[:, None, None]
+        rgb: Tensor = self.conv(x, style) + self.bias[:, None, None]
         return rgb if previous is None else rgb + upsample_image(previous, self.fir)
 
 
@@ -334,11 +334,11 @@ class Mapping(nn.Module):
         x = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + LATENT_EPS)
         for i in range(self.layers):
             x = self.get_submodule(f"fc{i}")(x)
-        return torch.lerp(
-            self.w_avg.to(x.dtype),
-            x,
-            torch.as_tensor(truncation, dtype=x.dtype, device=x.device),
-        )
+        w_avg = self.w_avg.to(x.dtype)
+        if isinstance(truncation, Tensor):
+            return torch.lerp(w_avg, x, truncation.to(x))
+        # A number stays one: as a tensor on the GPU it would be copied there, and waited for.
+        return torch.lerp(w_avg, x, truncation)
 
     @torch.no_grad()
     def track_average(self, w: Tensor) -> None:

@@ -5,8 +5,9 @@ they are inputs, and this module draws them. A seed names a picture for good, so
 fixed, and uses nothing whose bits could differ between machines or NumPy versions:
 
 1. **Words.** Each input has a stream of its own: ``Philox4x64-10`` (Salmon et al., 2011) with the
-   128-bit key ``seed + 2⁶⁴·crc32(name)`` and counter 0, read as little-endian 64-bit words. Raw
-   Philox output is part of NumPy's stability promise; its distributions are not.
+   128-bit key ``seed + 2⁶⁴·crc32(name)``, the blocks of four 64-bit words at counters 1, 2, 3, …
+   (NumPy's ``Philox(key=…)``, which counts before it draws). Raw Philox output is part of NumPy's
+   stability promise; its distributions are not.
 2. **Gates.** Bit i of the stream, counted from the least significant bit of each word, is element
    i of the flattened gate: 1 keeps the feature, 0 takes the style's.
 3. **Normals.** Word x gives ``u = (⌊x/2¹²⌋ + ½)·2⁻⁵²``, strictly inside (0, 1), and the value is
@@ -21,6 +22,7 @@ drawn from seeds [a, b] is what seed a or b draws alone.
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Sequence
 
@@ -38,8 +40,10 @@ def words(seed: int, name: str, count: int) -> NDArray[np.uint64]:
     """The first `count` 64-bit words of the stream (seed, name).
 
     Raises:
+        TypeError: If the seed is no whole number.
         ValueError: If the seed is not in [0, 2⁶⁴).
     """
+    seed = operator.index(seed)  # NumPy's integers would overflow below
     if not 0 <= seed <= _MAX_SEED:
         raise ValueError(f"a seed is a whole number from 0 to 2**64 - 1, got {seed}")
     key = seed | zlib.crc32(name.encode()) << 64
@@ -83,12 +87,13 @@ def draw(
         and with `noise` each ``noise_*`` [B, 1, r, r], as float32.
 
     Raises:
+        TypeError: For a seed that is no whole number.
         ValueError: For no seeds, a seed out of range, or a size the network cannot take.
     """
-    if not seeds:
+    if len(seeds) == 0:
         raise ValueError("draw needs at least one seed")
-    height = height or config.resolution
-    width = width or config.resolution
+    height = config.resolution if height is None else height
+    width = config.resolution if width is None else width
     config.check_size(height, width)
     h, w = config.bottleneck_grid(height, width)
     bottleneck = (config.channels(16), h, w)
@@ -205,7 +210,8 @@ def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
     exponent = exponent - low.astype(exponent.dtype)
     s = (mantissa - 1.0) / (mantissa + 1.0)
     series = _polynomial([2.0 / (2 * k + 1) for k in range(12)], s * s)
-    return exponent.astype(np.float64) * _LN2 + s * series
+    log: NDArray[np.float64] = exponent.astype(np.float64) * _LN2 + s * series
+    return log
 
 
 def _normal_quantile(u: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,1 @@
+"""Post-training quantization: ranges and Q/DQ placement (to come)."""

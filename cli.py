@@ -1,0 +1,440 @@
+"""The command line `mat-export`.
+
+Every command imports what it needs inside itself, so that ``--help`` and the commands that run
+exported models need the base dependencies alone. Exit codes: 0 done, 1 a check failed, 2 bad input
+or usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mat_export.runners import Runner
+    from mat_torch import Checkpoint, GeneratorConfig
+
+app = typer.Typer(
+    name="mat-export",
+    help="MAT inpainting (Mask-Aware Transformer, CVPR 2022) from a checkpoint to production.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEFAULT_PRESET = "mat-tiny-256"
+
+
+class Size(str, Enum):
+    """Image sizes a graph takes."""
+
+    native = "native"
+    dynamic = "dynamic"
+
+
+class Noise(str, Enum):
+    """Where stage two's noise comes from."""
+
+    const = "const"
+    input = "input"
+
+
+class Io(str, Enum):
+    """Types of images and masks."""
+
+    float = "float"
+    uint8 = "uint8"
+
+
+class Dtype(str, Enum):
+    """Types of weights in a file."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+class Hole(str, Enum):
+    """Colour of the hole in a mask picture."""
+
+    black = "black"
+    white = "white"
+
+
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(help="The authors' pickle, a state dict (.pth, .pt) or safetensors."),
+]
+PresetOption = Annotated[
+    str | None, typer.Option(help="A network by name, with --random-weights: mat-512, …")
+]
+RandomOption = Annotated[
+    int | None, typer.Option("--random-weights", metavar="SEED", help="Untrained weights.")
+]
+KeyOption = Annotated[str, typer.Option(help="Which network of a pickle to take.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: all]")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")]
+
+
+@app.command()
+def convert(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors to write.")],
+    checkpoint: Annotated[Path | None, typer.Argument(help="Any checkpoint we read.")] = None,
+    preset: PresetOption = None,
+    random_weights: RandomOption = None,
+    key: KeyOption = "G_ema",
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights.")] = Dtype.float32,
+) -> None:
+    """Turn any checkpoint into safetensors with its configuration in the metadata."""
+    from mat_export.console import note
+    from mat_torch import save_checkpoint
+
+    loaded = _weights(checkpoint, preset, random_weights, key)
+    save_checkpoint(loaded, output, dtype=dtype.value)
+    note(f"wrote {output}: {loaded.config.name}, {output.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def onnx(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path(
+        "mat.onnx"
+    ),
+    checkpoint: CheckpointOption = None,
+    preset: PresetOption = None,
+    random_weights: RandomOption = None,
+    key: KeyOption = "G_ema",
+    batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Images at once.")] = "1",
+    size: Annotated[Size, typer.Option(help="The native size, or multiples of it.")] = Size.native,
+    noise: Annotated[
+        Noise, typer.Option(help="The checkpoint's noise maps, or inputs (needed off native size).")
+    ] = Noise.const,
+    io: Annotated[
+        Io, typer.Option(help="float: NCHW in [-1, 1]; uint8: NHWC image, NHW mask, NHWC out.")
+    ] = Io.float,
+    coarse: Annotated[bool, typer.Option("--coarse", help="Give stage one's image too.")] = False,
+    opset: Annotated[int, typer.Option(help="17 to 20; TensorRT 8.6 parses 17.")] = 20,
+) -> None:
+    """Export a checkpoint to one ONNX file that any ONNX runtime runs."""
+    from mat_export.console import note
+    from mat_export.contract import GraphSpec
+    from mat_export.manifest import manifest_path
+    from mat_torch.config import preset as preset_of
+
+    def spec_of(config: GeneratorConfig) -> GraphSpec:
+        return GraphSpec(
+            config,
+            batch=_batch(batch),
+            dynamic_size=size is Size.dynamic,
+            noise=noise.value,
+            io=io.value,
+            coarse=coarse,
+        )
+
+    spec_of(preset_of(preset or DEFAULT_PRESET))  # options that clash fail before the work
+    _check_folder(output)
+    from mat_export.export import export_onnx
+    from mat_export.inference import REWRITES
+
+    note("reading the weights")
+    loaded = _weights(checkpoint, preset, random_weights, key)
+    report = export_onnx(loaded, output, spec_of(loaded.config), opset=opset, progress=note)
+    note("rewrites, each exact:")
+    for name, places in report.rewrites.items():
+        note(f"  {name} (×{places}): {REWRITES[name]}")
+    note(
+        f"wrote {output} and {manifest_path(output)}: {report.nodes} nodes "
+        f"({report.inlined_nodes} once inlined), opset {report.opset}, "
+        f"{report.bytes / 1e6:.1f} MB, {report.seconds:.1f} s"
+    )
+    note(f"prove it: mat-export parity {output}")
+
+
+@app.command()
+def parity(
+    candidate: Annotated[Path, typer.Argument(help="The model to judge: ONNX or a checkpoint.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint or ONNX. [default: what the candidate was made of]"),
+    ] = None,
+    json_file: JsonOption = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page with pictures and plot.")
+    ] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Hold a model against its reference over hard masks on photographs; exit 1 if it differs."""
+    from mat_export.console import note, tracker
+    from mat_export.manifest import atomic_write
+    from mat_export.parity import check_parity, open_candidate, open_reference
+    from mat_export.report import write_report
+
+    for path in (json_file, report):
+        if path is not None:
+            _check_folder(path)
+    with open_candidate(candidate, threads=threads) as judged:
+        found = open_reference(judged.spec, reference, near=candidate, threads=threads)
+        with found as held, tracker("parity") as progress:
+            result = check_parity(judged, held, progress=progress, keep_pictures=report is not None)
+    _show_parity(result)
+    if json_file is not None:
+        atomic_write(json_file, result.to_json())
+    if report is not None:
+        note(f"the page is {write_report(result, report)}")
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files and checkpoints (PyTorch).")],
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before them.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once, where it is dynamic.")] = 1,
+    threads: ThreadsOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time models side by side, each in its own process, taking turns."""
+    from mat_export.bench import bench as measure
+    from mat_export.console import show_table, tracker
+    from mat_export.manifest import atomic_write
+
+    if json_file is not None:
+        _check_folder(json_file)
+    with tracker("bench") as progress:
+        result = measure(
+            models, runs=runs, warmup=warmup, batch=batch, threads=threads, progress=progress
+        )
+    first = result.models[0].p50
+    show_table(
+        f"{runs} runs each, in turns, {result.threads} threads, {result.machine['cpu']}",
+        ["model", "runner", "batch", "p50 ms", "p90 ms", "p99 ms", "peak MiB", "of the first"],
+        [
+            [
+                m.model,
+                m.runner,
+                str(m.batch),
+                *(f"{value:.1f}" for value in (m.p50, m.p90, m.p99)),
+                f"{m.peak_mib:.0f}",
+                f"{m.p50 / first:.2f}",
+            ]
+            for m in result.models
+        ],
+    )
+    if json_file is not None:
+        atomic_write(json_file, result.to_json())
+
+
+@app.command()
+def inpaint(
+    image: Annotated[Path, typer.Argument(help="A picture, or a folder of them.")],
+    mask: Annotated[Path, typer.Argument(help="White is kept, black is filled; file or folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File or folder to write.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help=f"ONNX or checkpoint. [default: {DEFAULT_PRESET}, untrained]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Names the answer; 0 to 2**64 - 1.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Answers for each picture.")] = 1,
+    truncation: Annotated[
+        float, typer.Option(help="0 to 2: 0 the mean style, 1 the model's own range.")
+    ] = 1.0,
+    hole: Annotated[Hole, typer.Option(help="Colour of the hole in the mask.")] = Hole.black,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here.")] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Fill the holes of photographs of any size; kept pixels come back bit-exact."""
+    from mat_export.console import note, tracker
+    from mat_export.contract import UserError
+    from mat_export.inpaint import Inpainter
+    from mat_export.jobs import Outcome, inpaint_paths
+    from mat_export.sheet import ContactSheet
+
+    if not 0.0 <= truncation <= 2.0:
+        raise UserError(f"truncation is from 0 to 2, got {truncation}")
+    if sheet is not None:
+        _check_folder(sheet)
+    for path in (image, mask):
+        if not path.exists():
+            raise UserError(f"there is no file or folder '{path}'")
+    contact = ContactSheet() if sheet is not None else None
+    with _runner(model, threads) as runner, tracker("inpaint") as advance:
+
+        def progress(done: int, total: int, outcome: Outcome) -> None:
+            for text in outcome.notes:
+                note(f"{outcome.source.name}: {text}")
+            advance(outcome.source.name, done, total)
+
+        outcomes = inpaint_paths(
+            Inpainter(runner),
+            image,
+            mask,
+            output,
+            seed=seed,
+            count=count,
+            truncation=truncation,
+            hole=hole.value,
+            sheet=contact,
+            progress=progress,
+        )
+    failed = [outcome for outcome in outcomes if outcome.error]
+    written = [path for outcome in outcomes for path in outcome.outputs]
+    note(f"wrote {len(written)} of {len(outcomes) * count} pictures to {output}")
+    if contact is not None and sheet is not None and written:
+        contact.save(sheet)
+        note(f"the contact sheet is {sheet}")
+    for outcome in failed:
+        note(f"failed: {outcome.source.name}: {outcome.error}")
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, ONNX model, manifest or picture.")],
+) -> None:
+    """Say what a file is."""
+    from mat_export.console import show_facts
+    from mat_export.inspection import describe
+
+    show_facts(describe(file))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which backends work, and why others do not."""
+    from mat_export.console import show_table
+    from mat_export.inspection import examine
+
+    words = {True: "works", False: "FAILS", None: "absent"}
+    checks = examine()
+    show_table("", ["what", "", "details"], [[c.name, words[c.works], c.detail] for c in checks])
+    if any(check.works is False for check in checks):
+        raise typer.Exit(1)
+
+
+# -- shared by commands -------------------------------------------------------------------------
+
+
+def _weights(
+    checkpoint: Path | None, preset: str | None, random_weights: int | None, key: str
+) -> Checkpoint:
+    """The weights that the options name; by default the untrained default preset."""
+    from mat_export.console import note
+    from mat_export.contract import UserError
+    from mat_torch import CheckpointError, load_checkpoint, random_checkpoint
+    from mat_torch import preset as preset_of
+
+    if checkpoint is not None:
+        if preset is not None or random_weights is not None:
+            raise UserError("give a checkpoint, or --preset with --random-weights, not both")
+        try:
+            return load_checkpoint(checkpoint, key=key)
+        except CheckpointError as error:
+            raise UserError(str(error)) from error
+    if preset is not None and random_weights is None:
+        preset_of(preset)  # an unknown name is the first thing to hear of
+        raise UserError("a preset has no weights of its own: add --random-weights SEED")
+    config = preset_of(preset or DEFAULT_PRESET)
+    seed = random_weights or 0
+    note(f"weights of {config.name} are untrained (seed {seed}): pictures will be noise")
+    try:
+        return random_checkpoint(config, seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _runner(model: Path | None, threads: int | None) -> Runner:
+    """The runner of a model file; by default the untrained default preset in PyTorch."""
+    from mat_export.runners import TorchRunner, open_runner
+
+    if model is not None:
+        return open_runner(model, threads=threads)
+    return TorchRunner(_weights(None, None, None, "G_ema"), threads=threads)
+
+
+def _batch(text: str) -> int | None:
+    """``dynamic`` or a number of images."""
+    from mat_export.contract import UserError
+
+    if text == "dynamic":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch is 'dynamic' or a number from 1 up, got '{text}'")
+    return int(text)
+
+
+def _check_folder(path: Path) -> None:
+    """Fail before the work if a result could not be written after it."""
+    import os
+
+    from mat_export.contract import UserError
+
+    parent = path.absolute().parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if path.suffix and not path.absolute().parent.is_dir():
+        raise UserError(f"the folder of '{path}' does not exist")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"the folder '{parent}' cannot be written")
+
+
+def _show_parity(result: object) -> None:
+    """The table of a parity check, and its verdict."""
+    import math
+
+    from mat_export.console import note, show_table
+    from mat_export.parity import ParityReport, RegionError
+
+    assert isinstance(result, ParityReport)
+
+    def figures(error: RegionError) -> list[str]:
+        if error.relative is None or error.psnr is None:
+            return ["–", "–"]
+        psnr = "∞" if math.isinf(error.psnr) else f"{error.psnr:.1f}"
+        return [f"{error.relative:.1e}", psnr]
+
+    show_table(
+        f"{result.candidate} against {result.reference}",
+        ["case", "hole rel.", "hole dB", "ring rel.", "ring dB", "kept", "masks", "verdict"],
+        [
+            [
+                case.name,
+                *figures(case.hole),
+                *figures(case.ring),
+                "equal" if case.kept_exact else "differ",
+                f"{case.masks - len(case.wrong_masks)}/{case.masks}",
+                "passed" if case.passed else "; ".join(case.failures),
+            ]
+            for case in result.cases
+        ],
+    )
+    note(f"parity {'passed' if result.passed else 'FAILED'} (bar: {result.bar}, and equal masks)")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit code 2."""
+    from mat_export.contract import UserError
+    from mat_torch.config import ConfigError
+
+    try:
+        app()
+    except (UserError, ConfigError) as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "onnxscript", "onnx_ir"):
+            raise
+        _fail(f"this needs {error.name}, which is not installed: pip install 'mat-export[export]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""TensorRT engines: build, manifest, runtime, plugins (to come)."""

@@ -1,0 +1,250 @@
+"""What a file is, and what this machine can do: the commands `info` and `doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mat_export.contract import GraphSpec, UserError
+from mat_export.manifest import package_version, read_manifest
+
+__all__ = ["Check", "describe", "examine"]
+
+Facts = dict[str, str]
+
+
+def describe(path: str | os.PathLike[str]) -> Facts:
+    """Facts about any file we read: an ONNX model, a manifest, a checkpoint or a picture.
+
+    Raises:
+        UserError: If it is none of these, or unreadable.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no file '{path}'")
+    suffix = file.suffix.lower()
+    if suffix == ".onnx":
+        facts = _describe_onnx(file)
+    elif suffix == ".json":
+        facts = _describe_manifest(file)
+    elif suffix in _pictures():
+        facts = _describe_picture(file)
+    else:
+        facts = _describe_checkpoint(file)
+    return {"file": str(path), "size": _size(file.stat().st_size), **facts}
+
+
+def _size(count: int) -> str:
+    return f"{count:,} bytes" if count < 10_000_000 else f"{count / 1e6:,.1f} MB"
+
+
+def _describe_onnx(file: Path) -> Facts:
+    import onnx
+
+    from mat_export.contract import OPERATOR_DOMAIN
+
+    try:
+        model = onnx.load(file)
+    except Exception as error:
+        raise UserError(f"'{file}' is not a readable ONNX model: {error}") from error
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    spec = GraphSpec.from_metadata(metadata)
+    calls = [node.op_type for node in model.graph.node if node.domain == OPERATOR_DOMAIN]
+    nodes = len(model.graph.node) + sum(len(function.node) for function in model.functions)
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+    facts = {
+        "kind": "ONNX model",
+        "made by": f"{model.producer_name} {model.producer_version}".strip() or "unknown",
+        "opset": f"{opset}, IR version {model.ir_version}",
+        "nodes": f"{nodes}, {len(model.functions)} functions counted once",
+        "operators of mat": ", ".join(f"{name} ×{calls.count(name)}" for name in sorted(set(calls)))
+        or "none",
+    }
+    if spec is None:
+        return {**facts, "graph": "not exported by mat-export"}
+    manifest = read_manifest(file)
+    return {**facts, **_describe_graph(spec), "manifest": "matches" if manifest else "none"}
+
+
+def _describe_graph(spec: GraphSpec) -> Facts:
+    def shapes(tensors: Any) -> str:
+        return ", ".join(f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors)
+
+    return {
+        "network": f"{spec.config.name}, native size {spec.config.resolution}",
+        "precision": spec.precision,
+        "weights": f"{spec.source or 'unknown'}, digest {spec.checkpoint[:12] or 'unknown'}",
+        "inputs": shapes(spec.inputs),
+        "outputs": shapes(spec.outputs),
+    }
+
+
+def _describe_manifest(file: Path) -> Facts:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' is not readable JSON: {error}") from error
+    if not isinstance(entries, dict) or "sha256" not in entries:
+        raise UserError(f"'{file}' is JSON, but no manifest of mat-export")
+    facts = {
+        "kind": f"manifest of a file of kind {entries.get('kind', 'unknown')}",
+        "sha256": str(entries["sha256"]),
+        "versions": ", ".join(f"{k} {v}" for k, v in entries.get("versions", {}).items()),
+    }
+    if "graph" in entries:
+        facts.update(_describe_graph(GraphSpec.from_json(json.dumps(entries["graph"]))))
+    return facts
+
+
+def _pictures() -> set[str]:
+    from PIL import Image
+
+    return set(Image.registered_extensions())
+
+
+def _describe_picture(file: Path) -> Facts:
+    from mat_export.images import orientation_of, read_image
+
+    notes: list[str] = []
+    image = read_image(file, notes)
+    return {
+        "kind": "picture",
+        "pixels": f"{image.width}×{image.height}, mode {image.mode}",
+        "EXIF orientation": str(orientation_of(image)),
+        "colour profile": "yes" if image.info.get("icc_profile") else "no",
+        **({"notes": " ".join(notes)} if notes else {}),
+    }
+
+
+def _describe_checkpoint(file: Path) -> Facts:
+    try:
+        from mat_torch.checkpoint import CheckpointError, load_checkpoint
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"'{file}' may be a checkpoint, and reading one needs torch: install mat-export[export]"
+        ) from error
+    try:
+        checkpoint = load_checkpoint(file)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    return {
+        "kind": "checkpoint",
+        "network": f"{checkpoint.config.name}, native size {checkpoint.config.resolution}",
+        "values": f"{parameters / 1e6:.1f} M in {len(checkpoint.tensors)} tensors",
+        "digest": checkpoint.digest,
+        "source": checkpoint.source,
+    }
+
+
+# -- doctor -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `doctor`.
+
+    Attributes:
+        name: What was looked at.
+        works: Whether it works; None where it is optional and absent.
+        detail: What was found, and what to do where it does not work.
+    """
+
+    name: str
+    works: bool | None
+    detail: str
+
+
+def examine() -> list[Check]:
+    """What is installed, which backends work, and why others do not."""
+    return [
+        Check("Python", True, f"{platform.python_version()} on {platform.platform()}"),
+        Check("mat-export", True, package_version()),
+        Check("memory and cores", True, f"{_memory()}, {os.cpu_count()} cores"),
+        _examine_onnxruntime("CPUExecutionProvider", required=True),
+        _examine_onnxruntime("CUDAExecutionProvider", required=False),
+        _examine_torch(),
+        _examine_cuda(),
+        _examine_exporter(),
+        *(_examine_optional(name, why) for name, why in _TENSORRT),
+    ]
+
+
+_TENSORRT = (
+    ("tensorrt", "builds engines on NVIDIA GPUs"),
+    ("tensorrt_rtx", "builds engines for RTX GPUs, on any machine"),
+)
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return "memory unknown"
+    return f"{total / (1 << 30):.0f} GiB"
+
+
+def _examine_onnxruntime(provider: str, *, required: bool) -> Check:
+    """Run a model of one node on a provider."""
+    import numpy as np
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    name = f"ONNX Runtime, {provider.removesuffix('ExecutionProvider')}"
+    if provider not in ort.get_available_providers():
+        detail = "not in this build; onnxruntime-gpu has it"
+        return Check(name, False if required else None, detail)
+    tensors = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["y"])], "g", tensors[:1], tensors[1:]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+        (y,) = session.run(None, {"x": np.ones(2, np.float32)})
+    except Exception as error:
+        return Check(name, False, f"{ort.__version__}: {str(error).splitlines()[0]}")
+    if provider not in session.get_providers() or not np.array_equal(y, -np.ones(2)):
+        reason = "the provider did not load; its CUDA or cuDNN libraries may be missing"
+        return Check(name, False, f"{ort.__version__}: {reason}")
+    return Check(name, True, f"{ort.__version__}, ran a model")
+
+
+def _examine_torch() -> Check:
+    if importlib.util.find_spec("torch") is None:
+        return Check("PyTorch", None, "not installed; export needs it: mat-export[export]")
+    import torch
+
+    return Check("PyTorch", True, str(torch.__version__))
+
+
+def _examine_cuda() -> Check:
+    if importlib.util.find_spec("torch") is None:
+        return Check("CUDA in PyTorch", None, "PyTorch is not installed")
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        return Check("CUDA in PyTorch", None, f"no GPU seen (PyTorch is built with {built})")
+    return Check("CUDA in PyTorch", True, torch.cuda.get_device_name())
+
+
+def _examine_exporter() -> Check:
+    missing = [n for n in ("torch", "onnxscript") if importlib.util.find_spec(n) is None]
+    if missing:
+        detail = f"{' and '.join(missing)} not installed: mat-export[export]"
+        return Check("ONNX export", None, detail)
+    return Check("ONNX export", True, f"onnxscript {package_version('onnxscript')}")
+
+
+def _examine_optional(module: str, why: str) -> Check:
+    if importlib.util.find_spec(module) is None:
+        return Check(module, None, f"not installed; {why}")
+    return Check(module, True, f"{package_version(module)}; {why}")

@@ -1,0 +1,464 @@
+"""Is the candidate the same picture as the reference? Measured where it matters.
+
+Compositing hides errors: kept pixels are equal by construction. So errors count inside the hole and
+in a ring around its edge, the masks of every layer are compared exactly, and the cases are hard
+masks on real photographs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from mat_export.contract import GraphSpec, UserError, mask_state_names
+from mat_export.pixels import from_unit, to_unit
+from mat_export.runners import OrtRunner, Runner, TorchRunner
+from mat_export.suite import Case, cases
+from mat_torch.sampling import draw
+
+__all__ = [
+    "BARS",
+    "EIGHT_BIT_BAR",
+    "RING",
+    "Bar",
+    "CaseResult",
+    "ParityReport",
+    "RegionError",
+    "bar_of",
+    "check_parity",
+    "compare",
+    "open_candidate",
+    "open_reference",
+]
+
+Array = NDArray[Any]
+
+RING = 8
+"""Width of the ring around the hole's edge, in pixels to either side."""
+
+_STATE = "mask_state/"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a candidate of one precision must reach in the hole and in the ring.
+
+    Attributes:
+        relative: Largest ‖c − r‖₂ / ‖r‖₂, or None.
+        psnr: Least peak signal-to-noise ratio in dB, or None.
+        largest: Largest |c − r| of any value, or None.
+    """
+
+    relative: float | None = None
+    psnr: float | None = None
+    largest: float | None = None
+
+    def __str__(self) -> str:
+        parts = {
+            "relative error ≤ {:g}": self.relative,
+            "PSNR ≥ {:g} dB": self.psnr,
+            "no value off by more than {:.4f}": self.largest,
+        }
+        return ", ".join(text.format(v) for text, v in parts.items() if v is not None)
+
+
+BARS: dict[str, Bar] = {
+    "fp32": Bar(relative=1e-4),
+    "tf32": Bar(relative=1e-3),
+    "bf16": Bar(psnr=30.0),
+    "fp16": Bar(psnr=45.0),
+    "int8": Bar(psnr=30.0),
+}
+"""The bar of each precision."""
+
+EIGHT_BIT_BAR = Bar(psnr=70.0, largest=1.001 / 127.5)
+"""The FP32 bar of a graph that gives bytes: rounding turns the smallest difference into one level,
+so what counts is that no value is off by more, and that fewer than 1 in 150 are off at all."""
+
+
+def bar_of(spec: GraphSpec) -> Bar:
+    """The bar for a candidate."""
+    if spec.io == "uint8" and spec.precision in ("fp32", "tf32"):
+        return EIGHT_BIT_BAR
+    return BARS[spec.precision]
+
+
+@dataclass(frozen=True)
+class RegionError:
+    """Error over one region of an image.
+
+    Attributes:
+        pixels: How many pixels the region has; the figures are None where it has none.
+        relative: ‖c − r‖₂ / ‖r‖₂.
+        largest: max |c − r|.
+        psnr: 10·log₁₀(range² / mean squared error) in dB, infinite for equality.
+    """
+
+    pixels: int
+    relative: float | None
+    largest: float | None
+    psnr: float | None
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What came of one case.
+
+    Attributes:
+        name: The case.
+        hole: Error inside the hole.
+        ring: Error within RING pixels of the hole's edge, on both sides.
+        kept_exact: Whether kept pixels are equal to the last bit.
+        finite: Whether the candidate gave no NaN and no infinity.
+        masks: Number of mask states compared.
+        wrong_masks: Those that differ or are missing, by layer.
+        failures: Why the case failed, in words; empty if it passed.
+    """
+
+    name: str
+    hole: RegionError
+    ring: RegionError
+    kept_exact: bool
+    finite: bool
+    masks: int
+    wrong_masks: tuple[str, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The verdict on a candidate, with its evidence.
+
+    Attributes:
+        candidate: What was judged.
+        reference: What it was held against.
+        precision: The candidate's precision, which sets the bar.
+        bar: What it had to reach.
+        cases: What came of each case.
+        pictures: Case, reference and candidate [3, H, W] by the case's name, if they were kept.
+    """
+
+    candidate: str
+    reference: str
+    precision: str
+    bar: Bar
+    cases: tuple[CaseResult, ...]
+    pictures: Mapping[str, tuple[Case, Array, Array]] = field(repr=False, default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case passed, and something was compared at all."""
+        compared = any(case.hole.pixels for case in self.cases)
+        return compared and all(case.passed for case in self.cases)
+
+    def to_json(self) -> str:
+        """The whole report but the pictures."""
+        entries = asdict(replace(self, pictures={}))
+        del entries["pictures"]
+        entries["passed"] = self.passed
+        for case in entries["cases"]:
+            for region in ("hole", "ring"):
+                if case[region]["psnr"] is not None and math.isinf(case[region]["psnr"]):
+                    case[region]["psnr"] = "inf"
+        return json.dumps(entries, indent=2, allow_nan=True) + "\n"
+
+
+def check_parity(
+    candidate: Runner,
+    reference: Runner,
+    *,
+    suite: Sequence[Case] | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    keep_pictures: bool = False,
+) -> ParityReport:
+    """Run candidate and reference over the suite and compare.
+
+    Args:
+        candidate: What is judged, by the bar of its own precision.
+        reference: What it is held against, in FP32 with float images.
+        suite: The cases; by default the hard masks at the native size.
+        progress: Called with the next case's name, its number and how many there are.
+        keep_pictures: Keep each case, its reference [3, H, W] and its candidate in the report.
+
+    Raises:
+        UserError: If the two are models of different networks or weights that cannot be compared.
+    """
+    config = candidate.spec.config
+    if reference.spec.config != config:
+        raise UserError(
+            f"candidate and reference are different networks: {config} and {reference.spec.config}"
+        )
+    bar = bar_of(candidate.spec)
+    chosen = list(suite) if suite is not None else list(cases(config.resolution, config.resolution))
+    results, pictures = [], {}
+    for i, case in enumerate(chosen):
+        progress(case.name, i, len(chosen))
+        expected, states = _run(reference, case, candidate.spec)
+        actual, seen = _run(candidate, case, candidate.spec)
+        results.append(_judge(case, expected, actual, states, seen, bar))
+        if keep_pictures:
+            pictures[case.name] = (case, expected[0], actual[0])
+    progress("done", len(chosen), len(chosen))
+    return ParityReport(
+        candidate=candidate.name,
+        reference=reference.name,
+        precision=candidate.spec.precision,
+        bar=bar,
+        cases=tuple(results),
+        pictures=pictures,
+    )
+
+
+# -- running a case -----------------------------------------------------------------------------
+
+
+def _run(runner: Runner, case: Case, judged: GraphSpec) -> tuple[Array, dict[str, Array]]:
+    """The runner's output [B, 3, H, W] in [-1, 1] and its mask states.
+
+    Randomness is that of the case; noise maps are drawn where the judged model takes them, so that
+    both sides get the same.
+    """
+    spec = runner.spec
+    batch = judged.batch or 1
+    noise = judged.noise == "input"
+    height, width = case.keep.shape
+    inputs = draw(spec.config, [case.seed] * batch, height, width, noise=noise)
+    inputs["truncation"] = np.ones(1, np.float32)
+    image = np.repeat(case.image[None], batch, axis=0)
+    mask = np.repeat(case.keep[None], batch, axis=0).astype(np.uint8) * np.uint8(255)
+    if spec.io == "uint8":
+        inputs["image"], inputs["mask"] = image, mask  # type: ignore[assignment]
+    else:
+        inputs["image"], inputs["mask"] = to_unit(image, mask)
+    results = runner.run(inputs)
+    output = results["output"]
+    if spec.io == "uint8" or judged.io == "uint8":
+        pixels = output if spec.io == "uint8" else from_unit(output)
+        output = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(127.5) - 1
+    states = {
+        name.removeprefix(_STATE): np.asarray(value) > 0.5
+        for name, value in results.items()
+        if name.startswith(_STATE)
+    }
+    return output, states
+
+
+def _judge(
+    case: Case,
+    expected: Array,
+    actual: Array,
+    states: Mapping[str, Array],
+    seen: Mapping[str, Array],
+    bar: Bar,
+) -> CaseResult:
+    """Compare one case's results."""
+    hole, ring = ~case.keep, _ring(case.keep)
+    finite = bool(np.isfinite(actual).all())
+    kept_exact = bool((actual[..., case.keep] == expected[..., case.keep]).all())
+    errors = {"hole": compare(expected, actual, hole), "ring": compare(expected, actual, ring)}
+    wrong = tuple(
+        name
+        for name, state in states.items()
+        if name not in seen or not np.array_equal(state, seen[name])
+    )
+    failures = [] if finite else ["the candidate gave NaN or infinity"]
+    if not kept_exact:
+        failures.append("kept pixels differ")
+    failures += [
+        f"{region}: {text}"
+        for region, error in errors.items()
+        if (text := _missed(error, bar)) is not None
+    ]
+    if wrong:
+        failures.append(f"mask states differ or are missing: {', '.join(wrong)}")
+    if not states:
+        failures.append("the reference gave no mask states to compare")
+    return CaseResult(
+        name=case.name,
+        hole=errors["hole"],
+        ring=errors["ring"],
+        kept_exact=kept_exact,
+        finite=finite,
+        masks=len(states),
+        wrong_masks=wrong,
+        failures=tuple(failures),
+    )
+
+
+def _missed(error: RegionError, bar: Bar) -> str | None:
+    """How an error misses the bar, or None. NaN misses every bar."""
+    if error.pixels == 0:
+        return None
+    if bar.relative is not None and not (error.relative or 0.0) <= bar.relative:
+        return f"relative error {error.relative:.2e} is over {bar.relative:g}"
+    if bar.psnr is not None and error.psnr is not None and not error.psnr >= bar.psnr:
+        return f"PSNR {error.psnr:.1f} dB is under {bar.psnr:g} dB"
+    if bar.largest is not None and not (error.largest or 0.0) <= bar.largest:
+        return f"a value is off by {error.largest:.4f}, more than {bar.largest:.4f}"
+    return None
+
+
+def compare(expected: Array, actual: Array, region: Array) -> RegionError:
+    """The error of `actual` over a region.
+
+    Args:
+        expected: [B, 3, H, W].
+        actual: Likewise.
+        region: Bool [H, W].
+
+    The PSNR's range is 2, that of [-1, 1], or the peak-to-peak of the expected values where
+    untrained weights exceed it.
+    """
+    pixels = int(region.sum())
+    if pixels == 0:
+        return RegionError(0, None, None, None)
+    r = expected[..., region].astype(np.float64)
+    difference = actual[..., region].astype(np.float64) - r
+    norm = float(np.linalg.norm(r))
+    error = float(np.linalg.norm(difference))
+    mse = float(np.square(difference).mean())
+    span = max(2.0, float(np.ptp(r)))
+    return RegionError(
+        pixels=pixels,
+        relative=error / norm if norm else (0.0 if error == 0.0 else math.inf),
+        largest=float(np.abs(difference).max()),
+        psnr=math.inf if mse == 0.0 else 10.0 * math.log10(span**2 / mse),
+    )
+
+
+def _ring(keep: Array) -> Array:
+    """Pixels within RING of the hole's edge, on both sides. Bool [H, W]."""
+    grey = Image.fromarray(keep.astype(np.uint8) * 255)
+    size = 2 * RING + 1
+    grown = np.asarray(grey.filter(ImageFilter.MaxFilter(size))) > 0
+    shrunk = np.asarray(grey.filter(ImageFilter.MinFilter(size))) > 0
+    ring: Array = grown & ~shrunk
+    return ring
+
+
+# -- opening both sides -------------------------------------------------------------------------
+
+
+class _TorchReference(TorchRunner):
+    """The reference model, with the masks of every layer that reaches the output."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        import torch
+
+        results = super().run(inputs)
+        states = self._model.mask_states(torch.from_numpy(inputs["mask"]).to(self._device))
+        results.update(
+            {
+                f"{_STATE}{name}": states[name].cpu().numpy()
+                for name in mask_state_names(self.spec.config)
+            }
+        )
+        return results
+
+
+def open_candidate(path: str | os.PathLike[str], *, threads: int | None = None) -> Runner:
+    """The runner of a model under judgement, its mask states among the outputs."""
+    if Path(path).suffix.lower() == ".onnx":
+        return OrtRunner(with_mask_states(path), threads=threads)
+    return _open_checkpoint(path, None, threads)
+
+
+def with_mask_states(path: str | os.PathLike[str]) -> bytes:
+    """An ONNX model's bytes with its mask states added to the outputs.
+
+    Raises:
+        UserError: If the file is missing or no ONNX model.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no file '{path}'")
+    try:
+        model = onnx.load(path)
+    except Exception as error:
+        raise UserError(f"'{path}' is not a readable ONNX model: {error}") from error
+    made = {output for node in model.graph.node for output in node.output}
+    known = {info.name: info for info in model.graph.value_info}
+    for name in sorted(made):
+        if name.startswith(_STATE):
+            model.graph.output.append(known.get(name) or onnx.ValueInfoProto(name=name))
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def open_reference(
+    candidate: GraphSpec,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    near: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+) -> Runner:
+    """What to hold a candidate against.
+
+    Args:
+        candidate: The candidate's specification.
+        path: A checkpoint or ONNX file; by default the weights that the candidate was made of,
+            drawn again if they were random, else looked for beside it.
+        near: The candidate's own path.
+        threads: CPU threads.
+
+    Raises:
+        UserError: If there is no reference, or it has other weights than the candidate names.
+    """
+    spec = candidate.with_changes(io="float", batch=None, coarse=False)
+    if path is not None and Path(path).suffix.lower() == ".onnx":
+        return OrtRunner(with_mask_states(path), threads=threads)
+    if path is not None:
+        return _open_checkpoint(path, spec, threads)
+    drawn = re.fullmatch(r"(\S+), random weights, seed (\d+)", candidate.source)
+    if drawn:
+        from mat_torch.checkpoint import random_checkpoint
+        from mat_torch.config import preset
+
+        checkpoint = random_checkpoint(preset(drawn[1]), int(drawn[2]))
+        return _TorchReference(checkpoint, spec=spec, threads=threads)
+    beside = Path(near or ".").parent / Path(candidate.source).name
+    if not beside.is_file():
+        raise UserError(
+            f"the candidate was made of '{candidate.source}', which is not beside it: "
+            "name the checkpoint with --reference"
+        )
+    return _open_checkpoint(beside, spec, threads)
+
+
+def _open_checkpoint(
+    path: str | os.PathLike[str], spec: GraphSpec | None, threads: int | None
+) -> Runner:
+    if not Path(path).is_file():
+        raise UserError(f"there is no file '{path}'")
+    try:
+        from mat_torch.checkpoint import CheckpointError, load_checkpoint
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the reference '{path}' is a checkpoint, which needs torch: install "
+            "mat-export[export], or give an ONNX file with --reference"
+        ) from error
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if spec is not None and spec.checkpoint and spec.checkpoint != checkpoint.digest:
+        raise UserError(
+            f"'{path}' does not hold the candidate's weights: digest {checkpoint.digest[:12]} "
+            f"against {spec.checkpoint[:12]}; name the right one with --reference"
+        )
+    return _TorchReference(checkpoint, spec=spec, threads=threads)

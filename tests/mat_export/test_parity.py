@@ -1,0 +1,271 @@
+"""Parity accepts what is equal and refuses what is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from mat_export.contract import GraphSpec, UserError
+from mat_export.parity import (
+    BARS,
+    EIGHT_BIT_BAR,
+    ParityReport,
+    bar_of,
+    check_parity,
+    compare,
+    open_candidate,
+    open_reference,
+)
+from mat_export.report import render, write_report
+from mat_export.runners import OrtRunner, Runner
+from mat_export.suite import MASKS, Case, photograph
+from mat_torch import Checkpoint, preset, random_checkpoint, save_checkpoint
+
+NAMES = ("random-large", "one-window")
+
+
+def small_suite(*names: str) -> list[Case]:
+    return [
+        Case(name, photograph("coffee", 256, 256), MASKS[name](256, 256), seed)
+        for seed, name in enumerate(names)
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_onnx: Path) -> Runner:
+    spec = OrtRunner(tiny_onnx).spec
+    return open_reference(spec, near=tiny_onnx)
+
+
+def judged(model: onnx.ModelProto, folder: Path, reference: Runner) -> ParityReport:
+    path = folder / "changed.onnx"
+    onnx.save(model, path)
+    with open_candidate(path) as candidate:
+        return check_parity(candidate, reference, suite=small_suite(*NAMES))
+
+
+def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
+def change(model: onnx.ModelProto, name: str, edit: Callable[[NDArray[Any]], None]) -> None:
+    tensor = initializer(model, name)
+    values = numpy_helper.to_array(tensor).copy()
+    edit(values)
+    tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+
+# -- what passes --------------------------------------------------------------------------------
+
+
+def test_the_export_passes_every_hard_mask(tiny_onnx: Path, reference: Runner) -> None:
+    with open_candidate(tiny_onnx) as candidate:
+        report = check_parity(candidate, reference, keep_pictures=True)
+    assert report.passed, [case.failures for case in report.cases]
+    assert {case.name for case in report.cases} == set(MASKS)
+    assert all(case.masks == 10 for case in report.cases)
+    worst = max(case.hole.relative or 0.0 for case in report.cases)
+    assert 0.0 < worst <= 1e-4  # equal to the last bit would mean that both sides are one model
+
+
+def test_a_model_is_its_own_equal(tiny_onnx: Path) -> None:
+    with open_candidate(tiny_onnx) as one, open_candidate(tiny_onnx) as other:
+        report = check_parity(one, other, suite=small_suite("random-small"))
+    assert report.passed
+    assert report.cases[0].hole.largest == 0.0
+
+
+# -- what fails ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["second_stage.conv0.weight", "first_stage.tran.2.blocks.3.attn.value_weight"],
+)
+def test_one_weight_changed_fails(
+    name: str, tiny_onnx: Path, reference: Runner, tmp_path: Path
+) -> None:
+    model = onnx.load(tiny_onnx)
+
+    def edit(values: NDArray[Any]) -> None:
+        values.flat[values.size // 2] += 20 * values.std()
+
+    change(model, name, edit)
+    report = judged(model, tmp_path, reference)
+    assert not report.passed
+    assert any("relative error" in text for case in report.cases for text in case.failures)
+
+
+def test_one_operator_swapped_fails(tiny_onnx: Path, reference: Runner, tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    node = next(
+        n
+        for n in model.graph.node
+        if n.op_type == "LeakyRelu" and n.name.startswith("second_stage.dec.Dec_64x64.conv1")
+    )
+    node.op_type = "Relu"
+    del node.attribute[:]
+    assert not judged(model, tmp_path, reference).passed
+
+
+def test_nan_fails_and_says_so(tiny_onnx: Path, reference: Runner, tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx)
+
+    def edit(values: NDArray[Any]) -> None:
+        values.flat[0] = np.nan
+
+    change(model, "second_stage.dec.Dec_256x256.conv1.weight", edit)
+    report = judged(model, tmp_path, reference)
+    assert not report.passed
+    assert all("NaN" in " ".join(case.failures) for case in report.cases)
+    assert "not finite" in render(report)
+
+
+def test_a_wrong_mask_fails_even_where_the_picture_is_equal(
+    tiny_onnx: Path, reference: Runner
+) -> None:
+    class Liar:
+        """A runner that reports one mask state upside down."""
+
+        def __init__(self, inner: Runner) -> None:
+            self.inner, self.name, self.spec = inner, inner.name, inner.spec
+
+        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            results = self.inner.run(inputs)
+            results["mask_state/tran.0.conv"] = ~(results["mask_state/tran.0.conv"] > 0.5)
+            return results
+
+    with open_candidate(tiny_onnx) as candidate:
+        report = check_parity(
+            Liar(candidate),  # type: ignore[arg-type]
+            reference,
+            suite=small_suite("random-small"),
+        )
+    assert report.cases[0].wrong_masks == ("tran.0.conv",)
+    assert not report.passed
+
+
+def test_a_model_without_mask_states_fails(tiny_onnx: Path, reference: Runner) -> None:
+    with OrtRunner(tiny_onnx) as candidate:
+        report = check_parity(candidate, reference, suite=small_suite("random-small"))
+    assert not report.passed
+    assert len(report.cases[0].wrong_masks) == 10
+
+
+def test_nothing_compared_is_no_success(tiny_onnx: Path, reference: Runner) -> None:
+    with open_candidate(tiny_onnx) as candidate:
+        assert not check_parity(candidate, reference, suite=[]).passed
+        assert not check_parity(candidate, reference, suite=small_suite("no-hole")).passed
+
+
+def test_other_weights_fail(tiny_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_checkpoint(random_checkpoint(preset("mat-tiny-256"), 1), path)
+    with open_candidate(tiny_onnx) as candidate, open_candidate(path) as other:
+        assert not check_parity(candidate, other, suite=small_suite("random-small")).passed
+
+
+# -- the reference ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_with_other_weights_is_refused_as_reference(
+    tiny_onnx: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    save_checkpoint(random_checkpoint(preset("mat-tiny-256"), 1), path)
+    spec = OrtRunner(tiny_onnx).spec
+    with pytest.raises(UserError, match="does not hold the candidate's weights"):
+        open_reference(spec, path)
+
+
+def test_the_checkpoint_beside_the_candidate_is_found(
+    tiny_checkpoint: Checkpoint, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    spec = replace(OrtRunner(tiny_onnx).spec, source="weights.safetensors")
+    with pytest.raises(UserError, match="--reference"):
+        open_reference(spec, near=tmp_path / "mat.onnx")
+    save_checkpoint(tiny_checkpoint, tmp_path / "weights.safetensors")
+    with open_reference(spec, near=tmp_path / "mat.onnx") as found:
+        assert found.spec.checkpoint == tiny_checkpoint.digest
+
+
+def test_different_networks_cannot_be_compared(tiny_onnx: Path) -> None:
+    class Other:
+        name, spec = "other", GraphSpec(preset("mat-256"))
+
+    with (
+        open_candidate(tiny_onnx) as candidate,
+        pytest.raises(UserError, match="different networks"),
+    ):
+        check_parity(candidate, Other())  # type: ignore[arg-type]
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.onnx"):
+        open_candidate(tmp_path / "absent.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"\x08\x09 not a model")
+    with pytest.raises(UserError, match=r"broken\.onnx"):
+        open_candidate(tmp_path / "broken.onnx")
+
+
+# -- figures ------------------------------------------------------------------------------------
+
+
+def test_errors_are_those_of_their_definition() -> None:
+    region = np.array([[True, False], [True, False]])
+    expected = np.array([[[[3.0, 9.0], [4.0, 9.0]]]])
+    actual = np.array([[[[3.0, 0.0], [4.5, 0.0]]]])
+    error = compare(expected, actual, region)
+    assert error.pixels == 2
+    assert error.relative == pytest.approx(0.5 / 5.0)
+    assert error.largest == pytest.approx(0.5)
+    assert error.psnr == pytest.approx(10 * np.log10(4.0 / 0.125))
+
+
+def test_psnr_takes_the_references_own_range_where_it_exceeds_two() -> None:
+    region = np.ones((1, 2), bool)
+    expected, actual = np.array([[[[0.0, 20.0]]]]), np.array([[[[0.0, 21.0]]]])
+    assert compare(expected, actual, region).psnr == pytest.approx(10 * np.log10(400 / 0.5))
+
+
+def test_an_empty_region_has_no_error() -> None:
+    error = compare(np.ones((1, 3, 2, 2)), np.zeros((1, 3, 2, 2)), np.zeros((2, 2), bool))
+    assert error.relative is None
+
+
+def test_bars_are_those_of_the_design() -> None:
+    spec = GraphSpec(preset("mat-256"))
+    assert bar_of(spec).relative == 1e-4
+    assert BARS["fp16"].psnr == 45.0
+    assert BARS["int8"].psnr == 30.0
+    assert bar_of(replace(spec, io="uint8")) is EIGHT_BIT_BAR
+
+
+# -- the page -----------------------------------------------------------------------------------
+
+
+def test_the_report_is_one_self_contained_page(
+    tiny_onnx: Path, reference: Runner, tmp_path: Path
+) -> None:
+    with open_candidate(tiny_onnx) as candidate:
+        suite = small_suite("random-small", "no-hole")
+        report = check_parity(candidate, reference, suite=suite, keep_pictures=True)
+    page = write_report(report, tmp_path / "report")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<img") == 8
+    assert text.count("data:image/png;base64,") == 8
+    assert "http://" not in text
+    assert "https://" not in text
+    assert '<span class="passed">passed</span>' in text
+    figures = json.loads((tmp_path / "report" / "parity.json").read_text())
+    assert figures["passed"] is True
+    assert figures["cases"][0]["hole"]["relative"] <= 1e-4
