@@ -10,6 +10,9 @@ calls the functions they wrap.
   They become ONNX functions too, so that a block is three nodes to the reader; no backend needs to
   know them.
 - `depth_to_space` is a standard ONNX operator that torch lacks.
+
+An operator may return neither an input nor a view, of an input or of another output; hence the
+clones, for what a small enough grid would make one.
 """
 
 from __future__ import annotations
@@ -53,7 +56,6 @@ def _(
 @torch.library.custom_op("mat::mask_propagation", mutates_args=())
 def mask_propagation(valid: Tensor, window: int, shift: int) -> Tensor:
     """Window-any of a bool map [B, 1, H, W]; see ``mat_torch.attention.mask_propagation``."""
-    # An operator may not return its input or a view of it, which a window of one token would be.
     return attention.mask_propagation(valid, window=window, shift=shift).clone()
 
 
@@ -71,8 +73,9 @@ def query_key_value(
     x: [B, H, W, C]; query_key_weight: [C, 2·C]; value_weight: [C, C]. Returns q, k, v like x.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
-    q, k = ((x / norm) @ query_key_weight + query_key_bias).chunk(2, dim=-1)
-    return q.contiguous(), k.contiguous(), x @ value_weight
+    both = (x / norm) @ query_key_weight + query_key_bias
+    q, k = (part.clone(memory_format=torch.contiguous_format) for part in both.chunk(2, dim=-1))
+    return q, k, x @ value_weight
 
 
 @query_key_value.register_fake
@@ -124,7 +127,7 @@ def depth_to_space(x: Tensor) -> Tensor:
     """
     b, c, h, w = x.shape
     x = x.reshape(b, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2)
-    return x.reshape(b, c // 4, 2 * h, 2 * w)
+    return x.reshape(b, c // 4, 2 * h, 2 * w).clone()
 
 
 @depth_to_space.register_fake

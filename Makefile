@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: demo test lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m mat_export.demo $(DEMO)
+	$(BIN)/mat-export onnx -o $(DEMO)/mat-tiny-256.onnx
+	$(BIN)/mat-export parity $(DEMO)/mat-tiny-256.onnx --report $(DEMO)/parity
+	mkdir -p $(DEMO)/filled
+	$(BIN)/mat-export inpaint $(DEMO)/photo.png $(DEMO)/mask.png -o $(DEMO)/filled \
+		--model $(DEMO)/mat-tiny-256.onnx --count 3 --sheet $(DEMO)/sheet.png
+	@echo
+	@echo "The weights are untrained for now, so the hole is filled with colour, not with cat."
+	@echo "  one look at everything:  $(DEMO)/sheet.png"
+	@echo "  filled pictures:         $(DEMO)/filled/"
+	@echo "  proof of parity:         $(DEMO)/parity/index.html"
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info

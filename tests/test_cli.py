@@ -1,0 +1,235 @@
+"""The command line does what its help says; mistakes are one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cli
+from mat_torch import Checkpoint, load_checkpoint, save_checkpoint
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run `mat-export` with arguments: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["mat-export", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> tuple[Path, Path]:
+    """A photograph-like picture of 120×90 and its mask."""
+    y, x = np.mgrid[:90, :120]
+    pixels = np.stack([x * 2, y * 2, (x + y) % 256], axis=-1).astype(np.uint8)
+    keep = np.full((90, 120), 255, np.uint8)
+    keep[30:60, 40:80] = 0
+    image, mask = tmp_path / "picture.png", tmp_path / "mask.png"
+    Image.fromarray(pixels).save(image)
+    Image.fromarray(keep).save(mask)
+    return image, mask
+
+
+def one_sentence(code: int, error: str) -> None:
+    """What every mistake of the user's must look like."""
+    assert code == 2
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+
+
+# -- export, convert, parity ----------------------------------------------------------------------
+
+
+def test_onnx_lists_its_rewrites_and_writes_file_and_manifest(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    code, _, error = run(
+        "onnx", "--preset", "mat-tiny-256", "--random-weights", 3, "-o", out, "--opset", 17
+    )
+    assert code == 0, error
+    from mat_export.inference import REWRITES
+
+    assert all(name in error for name in REWRITES)
+    manifest = json.loads((tmp_path / "out.onnx.json").read_text())
+    assert manifest["made_from"]["source"] == "mat-tiny-256, random weights, seed 3"
+    assert manifest["opset"] == 17
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.json"]
+
+
+def test_convert_keeps_the_weights(run: Run, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_checkpoint(tiny_checkpoint, source)
+    code, _, error = run("convert", source, "-o", target)
+    assert code == 0, error
+    assert load_checkpoint(target).digest == tiny_checkpoint.digest
+
+
+def test_parity_passes_on_the_export_and_writes_its_figures(
+    run: Run, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    figures, page = tmp_path / "parity.json", tmp_path / "page"
+    code, out, error = run("parity", tiny_onnx, "--json", figures, "--report", page)
+    assert code == 0, error
+    assert "checkerboard" in out
+    assert "parity passed" in error
+    assert json.loads(figures.read_text())["passed"] is True
+    assert (page / "index.html").stat().st_size > 10_000
+
+
+def test_parity_exits_with_1_where_models_differ(run: Run, tiny_onnx: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    assert run("convert", "-o", other, "--preset", "mat-tiny-256", "--random-weights", 9)[0] == 0
+    figures = tmp_path / "parity.json"
+    code, out, error = run("parity", other, "--reference", tiny_onnx, "--json", figures)
+    assert code == 1
+    assert "FAILED" in error
+    assert "over 0.0001" in out
+    verdict = json.loads(figures.read_text())
+    assert verdict["passed"] is False
+    assert any("relative error" in text for text in verdict["cases"][0]["failures"])
+
+
+# -- inpaint, bench, info, doctor -----------------------------------------------------------------
+
+
+def test_inpaint_fills_and_keeps(
+    run: Run, tiny_onnx: Path, picture: tuple[Path, Path], tmp_path: Path
+) -> None:
+    image, mask = picture
+    out, sheet = tmp_path / "out", tmp_path / "sheet.png"
+    out.mkdir()
+    code, _, error = run(
+        "inpaint", image, mask, "-o", out, "--model", tiny_onnx, "--count", 2, "--sheet", sheet
+    )
+    assert code == 0, error
+    results = sorted(out.iterdir())
+    assert len(results) == 2
+    before, keep = np.asarray(Image.open(image)), np.asarray(Image.open(mask)) > 0
+    answers = [np.asarray(Image.open(path)) for path in results]
+    for answer in answers:
+        assert (answer[keep] == before[keep]).all()
+        assert (answer[~keep] != before[~keep]).any()
+    assert (answers[0] != answers[1]).any()
+    assert Image.open(sheet).width > 200
+
+
+def test_a_folder_goes_on_after_a_bad_picture_and_says_so(
+    run: Run, tiny_onnx: Path, picture: tuple[Path, Path], tmp_path: Path
+) -> None:
+    image, mask = picture
+    images, masks, out = (tmp_path / name for name in ("images", "masks", "out"))
+    for folder in (images, masks):
+        folder.mkdir()
+    for stem in ("a", "c"):
+        (images / f"{stem}.png").write_bytes(image.read_bytes())
+        (masks / f"{stem}.png").write_bytes(mask.read_bytes())
+    (images / "b.png").write_bytes(image.read_bytes()[:200])
+    (masks / "b.png").write_bytes(mask.read_bytes())
+    code, _, error = run("inpaint", images, masks, "-o", out, "--model", tiny_onnx)
+    assert code == 2
+    assert "failed: b.png" in error
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png"]
+
+
+def test_inpaint_without_a_model_takes_the_default_and_says_it_is_untrained(
+    run: Run, picture: tuple[Path, Path], tmp_path: Path
+) -> None:
+    image, mask = picture
+    code, _, error = run("inpaint", image, mask, "-o", tmp_path / "filled.png")
+    assert code == 0, error
+    assert "untrained" in error
+    assert (tmp_path / "filled.png").is_file()
+
+
+def test_bench_shows_a_table_and_writes_figures(run: Run, tiny_onnx: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "bench.json"
+    code, out, error = run("bench", tiny_onnx, "--runs", 2, "--warmup", 0, "--json", figures)
+    assert code == 0, error
+    assert "p50 ms" in out
+    assert len(json.loads(figures.read_text())["models"][0]["milliseconds"]) == 2
+
+
+def test_info_reads_everything_we_write(
+    run: Run, tiny_checkpoint: Checkpoint, tiny_onnx: Path, picture: tuple[Path, Path]
+) -> None:
+    weights = picture[0].with_name("tiny.safetensors")
+    save_checkpoint(tiny_checkpoint, weights)
+    for file, words in (
+        (tiny_onnx, ("ONNX model", "mat-tiny-256", "gate_tokens", "matches")),
+        (Path(f"{tiny_onnx}.json"), ("manifest", "sha256", "mat-tiny-256")),
+        (weights, ("checkpoint", "mat-tiny-256", tiny_checkpoint.digest[:12])),
+        (picture[0], ("picture", "120×90", "RGB")),
+    ):
+        code, out, error = run("info", file)
+        assert code == 0, error
+        assert all(word in out for word in words), (file, out)
+
+
+def test_doctor_names_what_works(run: Run) -> None:
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "ONNX Runtime, CPU" in out
+    assert "ran a model" in out
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+BAD = {
+    "missing model": (["parity", "absent.onnx"], "absent.onnx"),
+    "missing checkpoint": (["onnx", "--checkpoint", "absent.pkl"], "absent.pkl"),
+    "garbage checkpoint": (["onnx", "--checkpoint", "garbage.pkl"], "garbage.pkl"),
+    "garbage model": (["parity", "garbage.onnx"], "garbage.onnx"),
+    "unknown preset": (["onnx", "--preset", "mat-1024"], "mat-512, mat-256, mat-tiny-256"),
+    "preset without weights": (["onnx", "--preset", "mat-256"], "--random-weights"),
+    "two sources": (["onnx", "--checkpoint", "garbage.pkl", "--preset", "mat-256"], "not both"),
+    "negative seed of weights": (["onnx", "--random-weights", "-1"], "seed"),
+    "batch of nothing": (["onnx", "--batch", "0"], "--batch"),
+    "batch in words": (["onnx", "--batch", "many"], "dynamic"),
+    "dynamic size, constant noise": (["onnx", "--size", "dynamic"], "--noise input"),
+    "old opset": (["onnx", "--opset", "11"], "17"),
+    "no folder": (["onnx", "-o", "nowhere/mat.onnx"], "nowhere"),
+    "truncation": (["inpaint", "i.png", "m.png", "-o", "o.png", "--truncation", "3"], "0 to 2"),
+    "missing picture": (["inpaint", "absent.png", "m.png", "-o", "o.png"], "absent.png"),
+    "info on garbage": (["info", "garbage.pkl"], "garbage.pkl"),
+    "info on nothing": (["info", "absent"], "absent"),
+    "bench on nothing": (["bench", "absent.onnx"], "absent.onnx"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "word"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    arguments: list[str], word: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("garbage.pkl", "garbage.onnx"):
+        (tmp_path / name).write_bytes(b"\x80\x04 this is neither pickle nor model")
+    for name in ("i.png", "m.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    before = sorted(os.listdir(tmp_path))
+    code, _, error = run(*arguments)
+    one_sentence(code, error)
+    assert word in error
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_usage_errors_exit_with_2(run: Run) -> None:
+    code, _, error = run("onnx", "--no-such-option")
+    assert code == 2
+    assert "Traceback" not in error
