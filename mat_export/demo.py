@@ -29,7 +29,7 @@ def write_example(folder: Path) -> tuple[Path, Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder '{folder}': {error.strerror}") from error
-    photo = Image.fromarray(data.chelsea())
+    photo = Image.fromarray(data.chelsea())  # type: ignore[no-untyped-call]
     mask = Image.new("L", photo.size, 255)
     pen = ImageDraw.Draw(mask)
     pen.ellipse([25, 40, 95, 120], fill=0)

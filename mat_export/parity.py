@@ -192,7 +192,8 @@ def check_parity(
     Args:
         candidate: What is judged, by the bar of its own precision.
         reference: What it is held against, in FP32 with float images.
-        suite: The cases; by default the hard masks at the native size.
+        suite: The cases; by default the hard masks at the native size, and two of them at twice
+            the width where the candidate takes it.
         progress: Called with the next case's name, its number and how many there are.
         keep_pictures: Keep each case, its reference [3, H, W] and its candidate in the report.
 
@@ -205,7 +206,7 @@ def check_parity(
             f"candidate and reference are different networks: {config} and {reference.spec.config}"
         )
     bar = bar_of(candidate.spec)
-    chosen = list(suite) if suite is not None else list(cases(config.resolution, config.resolution))
+    chosen = list(suite) if suite is not None else _default_suite(candidate.spec)
     results, pictures = [], {}
     for i, case in enumerate(chosen):
         progress(case.name, i, len(chosen))
@@ -223,6 +224,18 @@ def check_parity(
         cases=tuple(results),
         pictures=pictures,
     )
+
+
+def _default_suite(spec: GraphSpec) -> list[Case]:
+    side = spec.config.resolution
+    suite = list(cases(side, side))
+    if spec.dynamic_size:
+        suite += [
+            replace(case, name=f"{case.name}-wide")
+            for case in cases(side, 2 * side)
+            if case.name in ("random-large", "shift-seams")
+        ]
+    return suite
 
 
 # -- running a case -----------------------------------------------------------------------------

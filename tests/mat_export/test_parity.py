@@ -53,12 +53,8 @@ def judged(model: onnx.ModelProto, folder: Path, reference: Runner) -> ParityRep
         return check_parity(candidate, reference, suite=small_suite(*NAMES))
 
 
-def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
-
-
 def change(model: onnx.ModelProto, name: str, edit: Callable[[NDArray[Any]], None]) -> None:
-    tensor = initializer(model, name)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     values = numpy_helper.to_array(tensor).copy()
     edit(values)
     tensor.CopyFrom(numpy_helper.from_array(values, name))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -443,7 +444,7 @@ def test_the_mask_states_are_the_masks_that_the_layers_hand_on(
     assert list(states) == list(seen)
     assert len(states) == 10
     for name, mask in seen.items():
-        assert set(states[name].unique().tolist()) <= {0.0, 1.0}
+        assert set(torch.unique(mask).tolist()) <= {0.0, 1.0}
         assert torch.equal(states[name], mask), name
 
 
@@ -472,9 +473,10 @@ def _assert_gradients_reach_all(gradients: dict[str, Tensor]) -> None:
     for name, gradient in gradients.items():
         if name.endswith("attn.k.bias"):
             queries = gradients[name.replace("attn.k.", "attn.q.")]
-            assert float(gradient.norm()) <= 1e-3 * float(queries.norm()), name
+            assert float(gradient.norm()) <= 1e-4 * float(queries.norm()), name
         else:
-            assert bool(gradient.any()), f"the gradient of {name} is zero"
+            nonzero = float((gradient != 0.0).float().mean())
+            assert nonzero > 0.9, f"only {nonzero:.1%} of the gradient of {name} is not zero"
 
 
 def test_gradients_reach_every_parameter() -> None:
@@ -505,38 +507,49 @@ def test_gradients_reach_the_kept_pixels_and_none_the_hole(small: Generator) -> 
 
 
 @pytest.fixture
-def fresh_compiler() -> Iterator[None]:
+def graphs() -> Iterator[list[GraphModule]]:
+    """Where a backend may note the graphs of a fresh compiler."""
     torch.compiler.reset()
-    yield
+    yield []
     torch.compiler.reset()
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_torch_compile_takes_the_forward_pass_as_one_graph() -> None:
+def test_torch_compile_takes_the_training_forward_pass_as_one_graph(
+    graphs: list[GraphModule],
+) -> None:
     """With fullgraph=True, a graph break is an error."""
+
+    def note(graph: GraphModule, _inputs: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
     generator = random_checkpoint(_TINY, 0).build().train()
     inputs = _inputs(_TINY)
-    compiled = torch.compile(generator, fullgraph=True, backend="eager")
-    assert _same_bits(_run(cast(Generator, compiled), inputs), _run(generator, inputs))
+    compiled = torch.compile(generator, fullgraph=True, backend=note)
+    output, coarse = compiled(**inputs)
+    assert len(graphs) == 1
+    assert output.requires_grad
+    assert _same_bits((output, coarse), _run(generator, inputs))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.usefixtures("graphs")
 def test_compiled_training_has_the_gradients_of_eager_training() -> None:
     generator = random_checkpoint(_SMALL, 0).build().train()
     inputs = _inputs(_SMALL, (0, 1))
     expected = _gradients(generator, inputs)
     compiled = torch.compile(generator, fullgraph=True, backend="aot_eager")
-    compiled_gradients = _gradients(cast(Generator, compiled), inputs)
-    for name, gradient in compiled_gradients.items():
-        plain = expected[name.removeprefix("_orig_mod.")]
-        torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+    gradients = _gradients(cast(Generator, compiled), inputs)
+    assert len(gradients) == len(expected)
+    for name, gradient in gradients.items():
+        if not name.endswith("attn.k.bias"):  # rounding alone
+            assert _relative_error(gradient, expected[name.removeprefix("_orig_mod.")]) < 1e-4, name
 
 
-class _OneDevice(TorchDispatchMode):
+class _OneDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fails where an operator touches a tensor on another device: a copy is a synchronisation."""
 
     def __init__(self, device: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.calls = 0
 

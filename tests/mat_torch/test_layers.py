@@ -93,7 +93,8 @@ def _correlate(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
 def _fir(x: Tensor, gain: float = 1.0, stride: int = 1) -> Tensor:
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64)
     kernel = (taps[:, None] * taps[None, :] / 64.0 * gain)[None, None]
-    return torch.cat([_correlate(plane, kernel, stride) for plane in torch.split(x, 1, dim=1)], dim=1)
+    planes = [_correlate(plane, kernel, stride) for plane in torch.split(x, 1, dim=1)]
+    return torch.cat(planes, dim=1)
 
 
 def _stuff(x: Tensor) -> Tensor:
