@@ -70,7 +70,9 @@ class GeneratorConfig:
         numbers = [getattr(self, f.name) for f in fields(self) if f.type == "int"]
         sequences = [*self.depths, *self.windows] if self._has_tuples() else [None]
         if not all(type(number) is int and number >= 1 for number in (*numbers, *sequences)):
-            raise ConfigError("every dimension of a network must be a whole number from 1 up")
+            raise ConfigError("the dimensions of a network are whole numbers from 1 up")
+        if not isinstance(self.name, str):
+            raise ConfigError(f"the name of a network is text, got {self.name!r}")
         if self.resolution < 128 or self.resolution & (self.resolution - 1):
             raise ConfigError(f"resolution {self.resolution} is not a power of two from 128 up")
         if self.token_dim % self.heads:

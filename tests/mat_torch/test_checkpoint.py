@@ -514,7 +514,7 @@ def test_a_payload_is_refused_by_name_and_does_not_run(
         ({"max_channels": 2.0}, "whole numbers"),
         ({"depths": [2, 1, 1, 1, "a"]}, "whole numbers"),
         ({"depths": [2, 1, 1, 1, -1]}, "whole numbers"),
-        ({"name": ["test"]}, "whole numbers"),
+        ({"name": ["test"]}, "is text"),
         ({"mapping_layers": 2**20}, "more layers"),
         ({"depths": [2**20] * 5}, "more layers"),
         ({"latent_dim": 5}, "misshapen"),
