@@ -1,0 +1,246 @@
+"""Precision lives in the file: an FP32 graph becomes a typed one, half where it is safe and pays.
+
+Convolutions and matrix products over features compute in half precision; islands that need range
+or would cancel stay in FP32, chosen by the rules below and counted in the result. Casts stand where
+the two meet, weights are converted in place, and inputs and outputs keep their types, so the same
+file serves every runtime that obeys types.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mat_export.contract import METADATA_KEY, GraphSpec, UserError
+from mat_export.inlining import inline_functions
+
+__all__ = ["ISLANDS", "PRECISIONS", "Island", "TypedModel", "apply_precision"]
+
+PRECISIONS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+"""Half types by name."""
+
+_FLOATS = (TensorProto.FLOAT, *PRECISIONS.values())
+
+
+@dataclass(frozen=True)
+class Island:
+    """A rule that keeps nodes in FP32.
+
+    Attributes:
+        name: What it is called in the manifest.
+        why: The reason.
+        pattern: Regular expression that a node's ``name`` (``module/Op``) contains.
+    """
+
+    name: str
+    why: str
+    pattern: str
+
+    def holds(self, node: onnx.NodeProto) -> bool:
+        """Whether the rule keeps this node in FP32."""
+        return re.search(self.pattern, node.name) is not None
+
+
+ISLANDS: tuple[Island, ...] = (
+    Island("mapping", "eight layers deep, and a few thousand numbers", r"^mapping[./]"),
+    Island("styles", "sums of squares over up to 512 channels, and their inverse", r"\.styles[./]"),
+    Island("vectors", "one row an image: speed is not in it", r"/(Gemm|ReduceMean)(_\d+)?$"),
+    Island("mask-ratio", "counts and quotients", r"/(AveragePool|MaxPool|Clip|Div)(_\d+)?$"),
+    Island("mask-propagation", "masks are exact at any precision", r"/MaskPropagation/"),
+    Island("token-norm", "a sum of squares over the channels", r"/(norm|least|safe_norm|unit)$"),
+    Island("softmax", "sums of up to 256 beside logits of −200", r"/(biased_logits|weights)$"),
+    Island("rgb", "three channels, summed over every level", r"\.toRGB/(?!(Mul|Conv)$)"),
+    Island("rgb-upsampling", "likewise", r"\.toRGB\.upsample/"),
+    Island("composite", "images at the graph's own type", r"^[A-Za-z]+(_\d+)?$"),
+)
+"""Every rule, in the order of the manifest. The last ToRGB joins them whatever its size."""
+
+_TRANSPARENT = frozenset(
+    (
+        *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape"),
+        *("Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", "Where"),
+    )
+)
+"""Operators that only move values: they take the type that comes in."""
+
+_TYPE_ONLY = frozenset(["Cast", "CastLike", "Shape"])
+"""Operators whose float inputs may have any type and stay as they are."""
+
+_COMPARISONS = frozenset(["Greater", "GreaterOrEqual", "Equal", "Less"])
+"""Operators that decide, in FP32."""
+
+
+@dataclass(frozen=True)
+class TypedModel:
+    """A typed graph.
+
+    Attributes:
+        model: The graph, functions inlined.
+        half_nodes: Nodes that compute in half precision.
+        islands: FP32 nodes by rule.
+        casts: Casts between the two.
+    """
+
+    model: onnx.ModelProto
+    half_nodes: int
+    islands: dict[str, int]
+    casts: int
+
+
+def apply_precision(model: onnx.ModelProto, precision: str) -> TypedModel:
+    """Type an FP32 graph.
+
+    Args:
+        model: A file of ``mat-export onnx``, in FP32.
+        precision: ``fp16`` or ``bf16``.
+
+    Raises:
+        UserError: For another precision, or a model that is not ours or not in FP32.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is one of {', '.join(PRECISIONS)}, got '{precision}'")
+    metadata = {entry.key: entry for entry in model.metadata_props}
+    spec = GraphSpec.from_metadata({key: entry.value for key, entry in metadata.items()})
+    if spec is None:
+        raise UserError("not a model of mat-export: export one with 'mat-export onnx'")
+    if spec.precision != "fp32":
+        raise UserError(f"the model is in {spec.precision} already: start from the FP32 file")
+    typed = inline_functions(model)
+    if precision == "bf16":
+        _raise_opset(typed)
+    entry = next(e for e in typed.metadata_props if e.key == METADATA_KEY)
+    entry.value = spec.with_changes(precision=precision).to_json()
+    resolution = spec.config.resolution
+    last_rgb = f"second_stage.dec.Dec_{resolution}x{resolution}.toRGB"
+    return _Typing(typed, PRECISIONS[precision], last_rgb).run()
+
+
+_BF16_OPSET = 22
+"""The first opset whose convolutions and pools take bfloat16."""
+
+
+def _raise_opset(model: onnx.ModelProto) -> None:
+    """Declare the opset that bfloat16 needs; from 20 on, what we use only gained types.
+
+    Raises:
+        UserError: If the model was lowered below 20.
+    """
+    standard = next(o for o in model.opset_import if o.domain == "")
+    if standard.version < 20:
+        raise UserError(f"bf16 needs a model of opset 20, got {standard.version}: export it again")
+    standard.version = _BF16_OPSET
+    model.ir_version = max(model.ir_version, 10)
+
+
+class _Typing:
+    """One pass over a graph in its order, remembering the type of each float tensor."""
+
+    def __init__(self, model: onnx.ModelProto, half: int, last_rgb: str) -> None:
+        self._model, self._half, self._last_rgb = model, half, last_rgb
+        self._weights = {t.name: t for t in model.graph.initializer}
+        self._types = {name: t.data_type for name, t in self._weights.items()}
+        self._types.update({i.name: i.type.tensor_type.elem_type for i in model.graph.input})
+        self._inferred = {
+            v.name: v.type.tensor_type.elem_type
+            for v in (*model.graph.value_info, *model.graph.output)
+        }
+        self._nodes: list[onnx.NodeProto] = []
+        self._cast: dict[tuple[str, int], str] = {}
+        self._islands: Counter[str] = Counter()
+        self._casts = self._halves = 0
+
+    def run(self) -> TypedModel:
+        """Type every node, then write the graph anew."""
+        graph = self._model.graph
+        outputs = {o.name for o in graph.output}
+        for node in graph.node:
+            self._type_node(node)
+        for name in outputs:
+            assert self._types[name] == self._inferred[name], f"output {name} changed its type"
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(self._nodes)
+        read = {name for node in self._nodes for name in node.input}
+        kept = [t for t in self._weights.values() if t.name in read]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        return TypedModel(self._model, self._halves, dict(self._islands), self._casts)
+
+    def _type_node(self, node: onnx.NodeProto) -> None:
+        floats = [n for n in node.input if n and self._types[n] in _FLOATS]
+        chosen = self._choose(node, floats)
+        if node.op_type not in _TYPE_ONLY:
+            for i, name in enumerate(node.input):
+                if name in floats:
+                    node.input[i] = self._as(name, chosen)
+        self._nodes.append(node)
+        for output in node.output:
+            inferred = self._inferred.get(output, TensorProto.FLOAT)
+            self._types[output] = chosen if inferred in _FLOATS else inferred
+        if node.op_type == "Cast" and self._types[node.output[0]] in _FLOATS:
+            self._types[node.output[0]] = TensorProto.FLOAT
+        if node.op_type == "CastLike":
+            self._types[node.output[0]] = self._types[node.input[1]]
+
+    def _choose(self, node: onnx.NodeProto, floats: list[str]) -> int:
+        """The type a node computes in."""
+        if node.op_type in _TYPE_ONLY | _COMPARISONS or not floats:
+            return int(TensorProto.FLOAT)
+        rule = next((island.name for island in ISLANDS if island.holds(node)), None)
+        if rule is None and node.name.startswith(self._last_rgb):
+            rule = "last-rgb"
+        if rule is not None:
+            self._islands[rule] += 1
+            return int(TensorProto.FLOAT)
+        if node.op_type in _TRANSPARENT:
+            made = [self._types[n] for n in floats if n not in self._weights] or [self._half]
+            return self._half if self._half in made else int(TensorProto.FLOAT)
+        self._halves += 1
+        return self._half
+
+    def _as(self, name: str, wanted: int) -> str:
+        """The tensor in the wanted type: itself, a converted weight, or a cast."""
+        if self._types[name] == wanted:
+            return name
+        key = (name, wanted)
+        if key not in self._cast:
+            self._cast[key] = f"{name}/as_{TensorProto.DataType.Name(wanted).lower()}"
+            if name in self._weights:
+                tensor = _converted(self._weights[name], wanted, self._cast[key])
+                self._weights[tensor.name] = tensor
+            else:
+                self._nodes.append(
+                    helper.make_node("Cast", [name], [self._cast[key]], self._cast[key], to=wanted)
+                )
+                self._casts += 1
+            self._types[self._cast[key]] = wanted
+        return self._cast[key]
+
+
+def _converted(tensor: onnx.TensorProto, wanted: int, name: str) -> onnx.TensorProto:
+    """A weight in another type.
+
+    Raises:
+        UserError: If it does not fit, since infinity would be found much later.
+    """
+    values = numpy_helper.to_array(tensor).astype(np.float32)
+    dtype = helper.tensor_dtype_to_np_dtype(wanted)
+    with np.errstate(over="ignore"):
+        converted = values.astype(dtype)
+    if not np.isfinite(converted.astype(np.float32)).all():
+        largest = float(np.abs(values).max())
+        raise UserError(
+            f"weight '{tensor.name}' reaches {largest:g}, which half precision cannot hold: "
+            "use bf16 or fp32"
+        )
+    return numpy_helper.from_array(converted, name)
+
+
+def summary(typed: TypedModel) -> Mapping[str, object]:
+    """What the manifest says of a typed graph."""
+    return {"half_nodes": typed.half_nodes, "fp32_islands": typed.islands, "casts": typed.casts}
