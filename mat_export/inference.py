@@ -439,7 +439,8 @@ class StyleBank(nn.Module):
         # One tensor a layer, shaped to scale feature maps.
         scales = torch.split(s[:, :, None, None], self._widths, dim=1)
         factors = torch.split(factor[:, :, None, None], self._outs, dim=1)
-        magnitudes = torch.split(m[:, :, None, None], 1, dim=1)[len(self._outs) :]
+        single = [1] * (len(self._order) - len(self._outs))
+        magnitudes = torch.split(m[:, :, None, None], [len(self._outs), *single], dim=1)[1:]
         pairs = zip(scales, (*factors, *magnitudes), strict=True)
         results = dict(zip(self._order, pairs, strict=True))
         return [results[i] for i in range(len(results))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -42,6 +42,15 @@ M = TypeVar("M", bound=nn.Module)
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small convolutions gain little from a second thread, and wait for it where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randomized(layer: M) -> M:
@@ -482,7 +491,7 @@ def in_order(spec: GraphSpec, inputs: Inputs) -> list[Tensor]:
     return [inputs[tensor.name] for tensor in spec.inputs]
 
 
-@pytest.mark.parametrize("kept", [0.6, 0.05, 0.0, 1.0], ids=["most", "little", "nothing", "all"])
+@pytest.mark.parametrize("kept", [0.4, 0.0, 1.0], ids=["some", "nothing", "all"])
 @torch.no_grad()
 def test_the_whole_network_gives_what_the_training_form_gives(
     generator: Generator, kept: float
@@ -540,15 +549,14 @@ def test_bytes_in_and_out_are_the_pixels_arithmetic_around_the_network(
         np.testing.assert_array_equal(result.numpy()[kept], image[kept])
 
 
-@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
 @torch.no_grad()
-def test_what_lies_under_the_hole_does_not_matter(generator: Generator, garbage: float) -> None:
+def test_what_lies_under_the_hole_does_not_matter(generator: Generator) -> None:
     spec = GraphSpec(TINY)
     model = InferenceGenerator(generator, spec)
     inputs = {**picture(0.6), **randomness([1])}
     (expected,) = model(*in_order(spec, inputs))
-    hole = (inputs["mask"] < 0.5).expand_as(inputs["image"])
-    inputs["image"] = inputs["image"].masked_fill(hole, garbage)
+    garbage = torch.tensor([float("nan"), float("inf"), 1e30])[:, None, None]
+    inputs["image"] = torch.where(inputs["mask"] > 0.5, inputs["image"], garbage)
     (result,) = model(*in_order(spec, inputs))
     assert torch.equal(result, expected)
 
