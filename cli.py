@@ -167,7 +167,7 @@ def parity(
 ) -> None:
     """Hold a model against its reference over hard masks on photographs; exit 1 if it differs."""
     from mat_export.console import note, tracker
-    from mat_export.manifest import atomic_write
+    from mat_export.files import atomic_write
     from mat_export.parity import check_parity, open_candidate, open_reference
     from mat_export.report import write_report
 
@@ -199,7 +199,7 @@ def bench(
     """Time models side by side, each in its own process, taking turns."""
     from mat_export.bench import bench as measure
     from mat_export.console import show_table, tracker
-    from mat_export.manifest import atomic_write
+    from mat_export.files import atomic_write
 
     if json_file is not None:
         _check_folder(json_file)

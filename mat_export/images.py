@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from mat_export.contract import UserError
+from mat_export.files import atomic_path
 
 __all__ = [
     "MAX_SIDE",
     "READABLE",
     "WRITABLE",
     "PictureFormat",
-    "atomic_file",
     "carried_exif",
     "check_output",
     "check_size",
@@ -328,7 +327,7 @@ def write_image(image: Image.Image, path: _PATH, notes: list[str] | None = None)
         notes.append(f"'{path}' is {form.name}, which is lossy: kept pixels change a little")
     ready = _storable(image, form)
     options = _save_options(ready, form)
-    with atomic_file(path) as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         try:
             ready.save(file, format=form.name, **options)
         except OSError:
@@ -377,26 +376,3 @@ def _save_options(image: Image.Image, form: PictureFormat) -> dict[str, Any]:
             if min(x, y) > 0 and max(x, y) < 65536:
                 options["dpi"] = (x, y)
     return options
-
-
-@contextlib.contextmanager
-def atomic_file(path: _PATH) -> Iterator[BinaryIO]:
-    """A file to write that takes its name when the block ends well, and vanishes otherwise.
-
-    Readers of `path` see the old file or the new one, never a part.
-
-    Raises:
-        UserError: If the system refuses: no folder, no permission, no space.
-    """
-    target = Path(path)
-    part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.part")
-    try:
-        with open(part, "xb") as file:
-            yield file
-        os.replace(part, target)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"'{path}' cannot be written: {reason.lower()}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -111,7 +111,9 @@ class _Inliner:
         return self._constants[key]
 
     def without_zero_biases(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """Drop casts of constants to the type they have, and sums with an all-zero constant.
+        """Drop casts to the type a tensor has, and sums with an all-zero constant.
+
+        In an FP32 graph every CastLike is such a cast.
 
         Only tensors of inlined functions are constants here, and each such sum's result is added
         to the logits next, so that a smaller shape broadcasts to the same sum.
@@ -121,7 +123,7 @@ class _Inliner:
         for node in nodes:
             for i, name in enumerate(node.input):
                 node.input[i] = renamed.get(name, name)
-            if node.op_type == "CastLike" and node.input[0] in self._values:
+            if node.op_type == "CastLike":
                 renamed[node.output[0]] = node.input[0]
                 continue
             if node.op_type == "Add":

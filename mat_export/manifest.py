@@ -1,31 +1,25 @@
-"""Papers of an artifact: digests, a manifest beside it, and writes that are whole or not at all."""
+"""Papers of an artifact: a manifest beside it, with digests and versions."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mat_export.contract import GraphSpec, UserError
+from mat_export.files import atomic_path, file_digest
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = [
-    "atomic_path",
-    "atomic_write",
-    "file_digest",
     "manifest_path",
     "package_version",
     "read_manifest",
-    "require_writable",
     "save_model",
 ]
 
@@ -36,68 +30,6 @@ def package_version(package: str = "mat-export") -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, as hex."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest_310(file)
-        )
-
-
-def _digest_310(file: Any) -> str:
-    """hashlib.file_digest for Python 3.10."""
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path in the same folder, which becomes `path` if the block succeeds.
-
-    Raises:
-        UserError: If the folder is missing or cannot be written, or the disk is full.
-    """
-    target = Path(path)
-    temporary = _temporary_beside(target)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are the owner's alone
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"cannot write '{target}': {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary_beside(target: Path) -> Path:
-    """A new empty file in the folder of `target`, which must be a place for a file."""
-    try:
-        if target.is_dir():
-            raise UserError(f"'{target}' is a folder; name a file to write")
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
-        os.close(handle)
-    except OSError as error:
-        raise UserError(f"cannot write '{target}': {error.strerror}") from error
-    return Path(name)
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Raise the UserError of atomic_path now rather than after a long job; leaves nothing."""
-    _temporary_beside(Path(path)).unlink()
-
-
-def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write a whole file or nothing. Raises UserError as atomic_path does."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def manifest_path(path: str | os.PathLike[str]) -> Path:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mat_export.contract import UserError
-from mat_export.manifest import atomic_write
+from mat_export.files import atomic_write
 from mat_export.parity import CaseResult, ParityReport, RegionError
 
 __all__ = ["render", "write_report"]

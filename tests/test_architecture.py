@@ -12,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = ("mat_torch", "mat_export", "calib", "engines", "cli")
-CONTRACT_MODULES = {"mat_export.contract", "mat_export.manifest", "mat_export.pixels"}
+CONTRACT_MODULES = {
+    "mat_export.contract",
+    "mat_export.files",
+    "mat_export.manifest",
+    "mat_export.pixels",
+}
 
 
 def modules(package: str) -> list[Path]:

@@ -21,9 +21,10 @@ from onnx import TensorProto, helper
 from mat_export import export, functions
 from mat_export.contract import OPERATOR_DOMAIN, GraphSpec, UserError, mask_state_names
 from mat_export.export import ExportReport, count_nodes, export_onnx
+from mat_export.files import file_digest
 from mat_export.inference import REWRITES, InferenceGenerator
 from mat_export.lowering import lower_opset
-from mat_export.manifest import file_digest, manifest_path, read_manifest
+from mat_export.manifest import manifest_path, read_manifest
 from mat_export.pixels import to_unit
 from mat_export.runners import OrtRunner, TorchRunner
 from mat_torch import Checkpoint, draw, preset, random_checkpoint
@@ -434,11 +435,11 @@ def test_a_place_that_cannot_be_written_is_a_user_error_before_any_work(
 def test_a_folder_without_permission_is_a_user_error(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(**options: Any) -> tuple[int, str]:
+    def refuse(path: Path, *arguments: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)  # tests may run as root, who may do all
-    with pytest.raises(UserError, match=r"cannot write '.*mat\.onnx': Permission denied"):
+    monkeypatch.setattr(Path, "open", refuse)  # tests may run as root, who may do all
+    with pytest.raises(UserError, match=r"mat\.onnx' cannot be written: permission denied"):
         export_onnx(checkpoint, tmp_path / "mat.onnx")
     assert not list(tmp_path.iterdir())
 

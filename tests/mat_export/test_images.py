@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from mat_export.contract import UserError
+from mat_export.files import atomic_path
 from mat_export.images import (
     MAX_SIDE,
     WRITABLE,
-    atomic_file,
     check_output,
     lossless_suffix,
     orientation_of,
@@ -318,8 +318,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with atomic_file(tmp_path / "x") as file:
-            file.write(b"half")
+        with atomic_path(tmp_path / "x") as file:
+            file.write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,77 @@
+"""Files that are written whole or not at all, and their digests."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from mat_export.contract import UserError
+
+__all__ = ["atomic_path", "atomic_write", "file_digest", "require_writable"]
+
+_PATH = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def atomic_path(path: _PATH) -> Iterator[Path]:
+    """A new empty file in the same folder, which takes the name `path` when the block ends well.
+
+    Readers of `path` see the old file or the new one, never a part; if the block fails nothing is
+    left.
+
+    Raises:
+        UserError: If the system refuses: no folder, no permission, no space.
+    """
+    target = Path(path)
+    temporary = _temporary_beside(target)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _refused(target, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: _PATH, data: bytes | str) -> None:
+    """Write a whole file or nothing. Raises UserError as atomic_path does."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def require_writable(path: _PATH) -> None:
+    """Raise the UserError of atomic_path now rather than after a long job; leaves nothing."""
+    _temporary_beside(Path(path)).unlink()
+
+
+def file_digest(path: _PATH) -> str:
+    """SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _temporary_beside(target: Path) -> Path:
+    """A new empty file in the folder of `target`, which must be a place for a file."""
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.part")
+    try:
+        if target.is_dir():
+            raise UserError(f"'{target}' is a folder; name a file to write")
+        if len(os.fsencode(target.name)) > 255:
+            raise UserError(f"'{target}' cannot be written: file name too long")
+        temporary.open("xb").close()
+    except OSError as error:
+        raise _refused(target, error) from error
+    return temporary
+
+
+def _refused(target: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError(f"'{target}' cannot be written: {reason.lower()}")
