@@ -90,10 +90,19 @@ def convert(
 ) -> None:
     """Turn any checkpoint into safetensors with its configuration in the metadata."""
     from mat_export.console import note
-    from mat_torch import save_checkpoint
+    from mat_export.contract import UserError
+    from mat_export.files import require_other, require_writable
+    from mat_torch import CheckpointError, save_checkpoint
 
+    if checkpoint is None and random_weights is None:
+        raise UserError("give a checkpoint, or --preset with --random-weights SEED")
+    require_other(output, checkpoint)
+    require_writable(output)
     loaded = _weights(checkpoint, preset, random_weights, key)
-    save_checkpoint(loaded, output, dtype=dtype.value)
+    try:
+        save_checkpoint(loaded, output, dtype=dtype.value)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
     note(f"wrote {output}: {loaded.config.name}, {output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -120,6 +129,7 @@ def onnx(
     """Export a checkpoint to one ONNX file that any ONNX runtime runs."""
     from mat_export.console import note
     from mat_export.contract import GraphSpec
+    from mat_export.files import require_other, require_writable
     from mat_export.manifest import manifest_path
     from mat_torch.config import preset as preset_of
 
@@ -134,7 +144,8 @@ def onnx(
         )
 
     spec_of(preset_of(preset or DEFAULT_PRESET))  # options that clash fail before the work
-    _check_folder(output)
+    require_other(output, checkpoint)
+    require_writable(output)
     from mat_export.export import export_onnx
     from mat_export.inference import REWRITES
 
@@ -167,13 +178,16 @@ def parity(
 ) -> None:
     """Hold a model against its reference over hard masks on photographs; exit 1 if it differs."""
     from mat_export.console import note, tracker
-    from mat_export.files import atomic_write
+    from mat_export.files import atomic_write, require_folder, require_other, require_writable
+    from mat_export.manifest import manifest_path
     from mat_export.parity import check_parity, open_candidate, open_reference
     from mat_export.report import write_report
 
-    for path in (json_file, report):
-        if path is not None:
-            _check_folder(path)
+    if json_file is not None:
+        require_other(json_file, candidate, reference, manifest_path(candidate))
+        require_writable(json_file)
+    if report is not None:
+        require_folder(report)
     with open_candidate(candidate, threads=threads) as judged:
         found = open_reference(judged.spec, reference, near=candidate, threads=threads)
         with found as held, tracker("parity") as progress:
@@ -199,10 +213,11 @@ def bench(
     """Time models side by side, each in its own process, taking turns."""
     from mat_export.bench import bench as measure
     from mat_export.console import show_table, tracker
-    from mat_export.files import atomic_write
+    from mat_export.files import atomic_write, require_other, require_writable
 
     if json_file is not None:
-        _check_folder(json_file)
+        require_other(json_file, *models)
+        require_writable(json_file)
     with tracker("bench") as progress:
         result = measure(
             models, runs=runs, warmup=warmup, batch=batch, threads=threads, progress=progress
@@ -248,17 +263,22 @@ def inpaint(
     """Fill the holes of photographs of any size; kept pixels come back bit-exact."""
     from mat_export.console import note, tracker
     from mat_export.contract import UserError
+    from mat_export.files import require_other
+    from mat_export.images import check_output
     from mat_export.inpaint import Inpainter
     from mat_export.jobs import Outcome, inpaint_paths
     from mat_export.sheet import ContactSheet
 
     if not 0.0 <= truncation <= 2.0:
         raise UserError(f"truncation is from 0 to 2, got {truncation}")
-    if sheet is not None:
-        _check_folder(sheet)
     for path in (image, mask):
         if not path.exists():
             raise UserError(f"there is no file or folder '{path}'")
+    if sheet is not None:
+        if sheet == output:
+            raise UserError(f"'{sheet}' is the output and the contact sheet: name two files")
+        require_other(sheet, image, mask, model)
+        check_output(sheet, "RGB")
     contact = ContactSheet() if sheet is not None else None
     with _runner(model, threads) as runner, tracker("inpaint") as advance:
 
@@ -324,16 +344,14 @@ def _weights(
     """The weights that the options name; by default the untrained default preset."""
     from mat_export.console import note
     from mat_export.contract import UserError
-    from mat_torch import CheckpointError, load_checkpoint, random_checkpoint
+    from mat_export.runners import read_checkpoint
     from mat_torch import preset as preset_of
+    from mat_torch import random_checkpoint
 
     if checkpoint is not None:
         if preset is not None or random_weights is not None:
             raise UserError("give a checkpoint, or --preset with --random-weights, not both")
-        try:
-            return load_checkpoint(checkpoint, key=key)
-        except CheckpointError as error:
-            raise UserError(str(error)) from error
+        return read_checkpoint(checkpoint, key)
     if preset is not None and random_weights is None:
         preset_of(preset)  # an unknown name is the first thing to hear of
         raise UserError("a preset has no weights of its own: add --random-weights SEED")
@@ -364,21 +382,6 @@ def _batch(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"--batch is 'dynamic' or a number from 1 up, got '{text}'")
     return int(text)
-
-
-def _check_folder(path: Path) -> None:
-    """Fail before the work if a result could not be written after it."""
-    import os
-
-    from mat_export.contract import UserError
-
-    parent = path.absolute().parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if path.suffix and not path.absolute().parent.is_dir():
-        raise UserError(f"the folder of '{path}' does not exist")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"the folder '{parent}' cannot be written")
 
 
 def _show_parity(result: object) -> None:

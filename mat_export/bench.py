@@ -93,9 +93,10 @@ def bench(
     if runs < 1 or warmup < 0:
         raise UserError(f"bench needs at least one run, got {runs} and {warmup} to warm up")
     threads = threads or os.cpu_count() or 1
-    workers = [_Worker(model, batch, threads) for model in models]
-    total = len(workers) * (runs + warmup)
+    workers: list[_Worker] = []
+    total = len(models) * (runs + warmup)
     try:
+        workers.extend(_Worker(model, batch, threads) for model in models)
         times: list[list[float]] = [[] for _ in workers]
         for i in range(runs + warmup):
             for j, worker in enumerate(workers):
@@ -118,7 +119,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: v for name, v in versions.items() if v != "unknown"},
     }
@@ -213,10 +214,12 @@ def _serve(connection: Connection, model: str, batch: int, threads: int) -> None
             start = time.perf_counter()
             runner.run(inputs)
             connection.send(("ok", time.perf_counter() - start))
-    except UserError as error:
-        connection.send(("error", str(error)))
     except EOFError:
         pass  # the parent is done
+    except UserError as error:
+        connection.send(("error", str(error)))
+    except Exception as error:  # whatever it was, the parent tells it in a sentence
+        connection.send(("error", f"'{model}' failed: {type(error).__name__}: {error}"))
 
 
 def _peak_mib() -> float:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from mat_export.contract import UserError
 
-__all__ = ["atomic_path", "atomic_write", "file_digest", "require_writable"]
+__all__ = [
+    "atomic_path",
+    "atomic_write",
+    "file_digest",
+    "require_folder",
+    "require_other",
+    "require_writable",
+]
 
 _PATH = str | os.PathLike[str]
 
@@ -47,6 +54,24 @@ def atomic_write(path: _PATH, data: bytes | str) -> None:
 def require_writable(path: _PATH) -> None:
     """Raise the UserError of atomic_path now rather than after a long job; leaves nothing."""
     _temporary_beside(Path(path)).unlink()
+
+
+def require_folder(path: _PATH) -> None:
+    """Make a folder if there is none, and raise UserError if files cannot be written there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder '{path}': {error.strerror}") from error
+    require_writable(folder / "index.html")
+
+
+def require_other(output: _PATH, *inputs: _PATH | None) -> None:
+    """Raise UserError if an output is one of the inputs, which it would replace."""
+    target = Path(output)
+    for path in inputs:
+        if path is not None and target.exists() and Path(path).exists() and target.samefile(path):
+            raise UserError(f"the output '{output}' is an input: choose another name")
 
 
 def file_digest(path: _PATH) -> str:

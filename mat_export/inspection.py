@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -44,14 +45,10 @@ def _size(count: int) -> str:
 
 
 def _describe_onnx(file: Path) -> Facts:
-    import onnx
-
     from mat_export.contract import OPERATOR_DOMAIN
+    from mat_export.parity import load_onnx
 
-    try:
-        model = onnx.load(file)
-    except Exception as error:
-        raise UserError(f"'{file}' is not a readable ONNX model: {error}") from error
+    model = load_onnx(file)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     spec = GraphSpec.from_metadata(metadata)
     calls = [node.op_type for node in model.graph.node if node.domain == OPERATOR_DOMAIN]
@@ -87,14 +84,16 @@ def _describe_graph(spec: GraphSpec) -> Facts:
 def _describe_manifest(file: Path) -> Facts:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{file}' is not readable JSON: {error}") from error
-    if not isinstance(entries, dict) or "sha256" not in entries:
+    if not isinstance(entries, dict) or not (
+        "sha256" in entries and isinstance(entries.get("versions"), dict)
+    ):
         raise UserError(f"'{file}' is JSON, but no manifest of mat-export")
     facts = {
         "kind": f"manifest of a file of kind {entries.get('kind', 'unknown')}",
         "sha256": str(entries["sha256"]),
-        "versions": ", ".join(f"{k} {v}" for k, v in entries.get("versions", {}).items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in entries["versions"].items()),
     }
     if "graph" in entries:
         facts.update(_describe_graph(GraphSpec.from_json(json.dumps(entries["graph"]))))
@@ -122,16 +121,9 @@ def _describe_picture(file: Path) -> Facts:
 
 
 def _describe_checkpoint(file: Path) -> Facts:
-    try:
-        from mat_torch.checkpoint import CheckpointError, load_checkpoint
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"'{file}' may be a checkpoint, and reading one needs torch: install mat-export[export]"
-        ) from error
-    try:
-        checkpoint = load_checkpoint(file)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
+    from mat_export.runners import read_checkpoint
+
+    checkpoint = read_checkpoint(file)
     parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     return {
         "kind": "checkpoint",
@@ -217,17 +209,25 @@ def _examine_onnxruntime(provider: str, *, required: bool) -> Check:
     return Check(name, True, f"{ort.__version__}, ran a model")
 
 
+def _broken(module: str) -> str | None:
+    """Why an installed module does not import, or None if it does."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken install can raise anything
+        return f"installed, but does not import: {str(error).splitlines()[0]}"
+    return None
+
+
 def _examine_torch() -> Check:
     if importlib.util.find_spec("torch") is None:
         return Check("PyTorch", None, "not installed; export needs it: mat-export[export]")
-    import torch
-
-    return Check("PyTorch", True, str(torch.__version__))
+    reason = _broken("torch")
+    return Check("PyTorch", reason is None, reason or package_version("torch"))
 
 
 def _examine_cuda() -> Check:
-    if importlib.util.find_spec("torch") is None:
-        return Check("CUDA in PyTorch", None, "PyTorch is not installed")
+    if importlib.util.find_spec("torch") is None or _broken("torch"):
+        return Check("CUDA in PyTorch", None, "PyTorch is not installed or does not import")
     import torch
 
     if not torch.cuda.is_available():
@@ -241,10 +241,15 @@ def _examine_exporter() -> Check:
     if missing:
         detail = f"{' and '.join(missing)} not installed: mat-export[export]"
         return Check("ONNX export", None, detail)
-    return Check("ONNX export", True, f"onnxscript {package_version('onnxscript')}")
+    reason = _broken("mat_export.export")
+    return Check("ONNX export", reason is None, reason or _version("onnxscript"))
 
 
 def _examine_optional(module: str, why: str) -> Check:
     if importlib.util.find_spec(module) is None:
         return Check(module, None, f"not installed; {why}")
-    return Check(module, True, f"{package_version(module)}; {why}")
+    return Check(module, None, f"{_version(module)} is installed; not used by this release")
+
+
+def _version(module: str) -> str:
+    return f"{module} {package_version(module)}"

@@ -81,7 +81,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         entries: dict[str, Any] = json.loads(own.read_text(encoding="utf-8"))
         recorded = entries["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"the manifest '{own}' is unreadable ({error}); export again") from error
     if recorded != file_digest(path):
         raise UserError(

@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 
 from mat_export.contract import GraphSpec, UserError, mask_state_names
 from mat_export.pixels import from_unit, to_unit
-from mat_export.runners import OrtRunner, Runner, TorchRunner
+from mat_export.runners import OrtRunner, Runner, TorchRunner, read_checkpoint
 from mat_export.suite import Case, cases
 from mat_torch.sampling import draw
 
@@ -38,6 +38,7 @@ __all__ = [
     "bar_of",
     "check_parity",
     "compare",
+    "load_onnx",
     "open_candidate",
     "open_reference",
 ]
@@ -207,14 +208,15 @@ def check_parity(
         )
     bar = bar_of(candidate.spec)
     chosen = list(suite) if suite is not None else _default_suite(candidate.spec)
+    batch = candidate.spec.batch or reference.spec.batch or 2
     results, pictures = [], {}
     for i, case in enumerate(chosen):
         progress(case.name, i, len(chosen))
-        expected, states = _run(reference, case, candidate.spec)
-        actual, seen = _run(candidate, case, candidate.spec)
+        expected, states = _run(reference, case, candidate.spec, batch)
+        actual, seen = _run(candidate, case, candidate.spec, batch)
         results.append(_judge(case, expected, actual, states, seen, bar))
         if keep_pictures:
-            pictures[case.name] = (case, expected[0], actual[0])
+            pictures[case.name] = (case, expected["output"][0], actual["output"][0])
     progress("done", len(chosen), len(chosen))
     return ParityReport(
         candidate=candidate.name,
@@ -241,50 +243,64 @@ def _default_suite(spec: GraphSpec) -> list[Case]:
 # -- running a case -----------------------------------------------------------------------------
 
 
-def _run(runner: Runner, case: Case, judged: GraphSpec) -> tuple[Array, dict[str, Array]]:
-    """The runner's output [B, 3, H, W] in [-1, 1] and its mask states.
+def _run(
+    runner: Runner, case: Case, judged: GraphSpec, batch: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The runner's images [B, 3, H, W] in [-1, 1], by name, and its mask states.
 
-    Randomness is that of the case; noise maps are drawn where the judged model takes them, so that
-    both sides get the same.
+    Images after the first are the photograph mirrored, with seeds of their own, so that samples
+    cannot be mixed up unseen. Noise maps are drawn where the judged model takes them, so that both
+    sides get the same.
     """
     spec = runner.spec
-    batch = judged.batch or 1
     noise = judged.noise == "input"
     height, width = case.keep.shape
-    inputs = draw(spec.config, [case.seed] * batch, height, width, noise=noise)
-    inputs["truncation"] = np.ones(1, np.float32)
-    image = np.repeat(case.image[None], batch, axis=0)
+    seeds = [case.seed + 1000 * i for i in range(batch)]
+    inputs = draw(spec.config, seeds, height, width, noise=noise)
+    inputs["truncation"] = np.full(1, case.truncation, np.float32)
+    image = np.stack([case.image[:, :: -1 if i else 1] for i in range(batch)])
     mask = np.repeat(case.keep[None], batch, axis=0).astype(np.uint8) * np.uint8(255)
     if spec.io == "uint8":
         inputs["image"], inputs["mask"] = image, mask  # type: ignore[assignment]
     else:
         inputs["image"], inputs["mask"] = to_unit(image, mask)
     results = runner.run(inputs)
-    output = results["output"]
+    images: dict[str, Array] = {k: v for k, v in results.items() if k in ("output", "coarse")}
     if spec.io == "uint8" or judged.io == "uint8":
-        pixels = output if spec.io == "uint8" else from_unit(output)
-        output = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(127.5) - 1
+        for name, values in images.items():
+            pixels = values if spec.io == "uint8" else from_unit(values)
+            images[name] = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(127.5) - 1
     states = {
         name.removeprefix(_STATE): np.asarray(value) > 0.5
         for name, value in results.items()
         if name.startswith(_STATE)
     }
-    return output, states
+    return images, states
 
 
 def _judge(
     case: Case,
-    expected: Array,
-    actual: Array,
+    expected: Mapping[str, Array],
+    actual: Mapping[str, Array],
     states: Mapping[str, Array],
     seen: Mapping[str, Array],
     bar: Bar,
 ) -> CaseResult:
     """Compare one case's results."""
     hole, ring = ~case.keep, _ring(case.keep)
-    finite = bool(np.isfinite(actual).all())
-    kept_exact = bool((actual[..., case.keep] == expected[..., case.keep]).all())
-    errors = {"hole": compare(expected, actual, hole), "ring": compare(expected, actual, ring)}
+    compared = [name for name in actual if name in expected]
+    finite = all(bool(np.isfinite(actual[name]).all()) for name in compared)
+    kept_exact = all(
+        bool((actual[name][..., case.keep] == expected[name][..., case.keep]).all())
+        for name in compared
+    )
+    errors = {
+        region: compare(expected["output"], actual["output"], pixels)
+        for region, pixels in (("hole", hole), ("ring", ring))
+    }
+    judged = dict(errors)
+    if "coarse" in compared:
+        judged["coarse, hole"] = compare(expected["coarse"], actual["coarse"], hole)
     wrong = tuple(
         name
         for name, state in states.items()
@@ -295,7 +311,7 @@ def _judge(
         failures.append("kept pixels differ")
     failures += [
         f"{region}: {text}"
-        for region, error in errors.items()
+        for region, error in judged.items()
         if (text := _missed(error, bar)) is not None
     ]
     if wrong:
@@ -388,8 +404,25 @@ class _TorchReference(TorchRunner):
 def open_candidate(path: str | os.PathLike[str], *, threads: int | None = None) -> Runner:
     """The runner of a model under judgement, its mask states among the outputs."""
     if Path(path).suffix.lower() == ".onnx":
-        return OrtRunner(with_mask_states(path), threads=threads)
+        return OrtRunner(with_mask_states(path), threads=threads, label=f"'{path}'")
     return _open_checkpoint(path, None, threads)
+
+
+def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """An ONNX model.
+
+    Raises:
+        UserError: If the file is missing, unreadable or empty.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no file '{path}'")
+    try:
+        model = onnx.load(path)
+    except Exception as error:
+        raise UserError(f"'{path}' is not a readable ONNX model: {error}") from error
+    if not model.ir_version or not model.graph.node:
+        raise UserError(f"'{path}' is not a readable ONNX model: it is empty")
+    return model
 
 
 def with_mask_states(path: str | os.PathLike[str]) -> bytes:
@@ -398,12 +431,7 @@ def with_mask_states(path: str | os.PathLike[str]) -> bytes:
     Raises:
         UserError: If the file is missing or no ONNX model.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no file '{path}'")
-    try:
-        model = onnx.load(path)
-    except Exception as error:
-        raise UserError(f"'{path}' is not a readable ONNX model: {error}") from error
+    model = load_onnx(path)
     made = {output for node in model.graph.node for output in node.output}
     known = {info.name: info for info in model.graph.value_info}
     for name in sorted(made):
@@ -432,9 +460,11 @@ def open_reference(
     Raises:
         UserError: If there is no reference, or it has other weights than the candidate names.
     """
-    spec = candidate.with_changes(io="float", batch=None, coarse=False)
+    spec = candidate.with_changes(io="float", batch=None)
+    if path is not None and near is not None and _same(path, near):
+        raise UserError(f"'{path}' is candidate and reference: name another reference")
     if path is not None and Path(path).suffix.lower() == ".onnx":
-        return OrtRunner(with_mask_states(path), threads=threads)
+        return OrtRunner(with_mask_states(path), threads=threads, label=f"'{path}'")
     if path is not None:
         return _open_checkpoint(path, spec, threads)
     drawn = re.fullmatch(r"(\S+), random weights, seed (\d+)", candidate.source)
@@ -445,6 +475,11 @@ def open_reference(
         checkpoint = random_checkpoint(preset(drawn[1]), int(drawn[2]))
         return _TorchReference(checkpoint, spec=spec, threads=threads)
     beside = Path(near or ".").parent / Path(candidate.source).name
+    if near is not None and beside.is_file() and _same(beside, near):
+        raise UserError(
+            f"'{near}' is a checkpoint, which is no proof of itself: name what to hold it "
+            "against with --reference"
+        )
     if not beside.is_file():
         raise UserError(
             f"the candidate was made of '{candidate.source}', which is not beside it: "
@@ -453,22 +488,14 @@ def open_reference(
     return _open_checkpoint(beside, spec, threads)
 
 
+def _same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
+
+
 def _open_checkpoint(
     path: str | os.PathLike[str], spec: GraphSpec | None, threads: int | None
 ) -> Runner:
-    if not Path(path).is_file():
-        raise UserError(f"there is no file '{path}'")
-    try:
-        from mat_torch.checkpoint import CheckpointError, load_checkpoint
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"the reference '{path}' is a checkpoint, which needs torch: install "
-            "mat-export[export], or give an ONNX file with --reference"
-        ) from error
-    try:
-        checkpoint = load_checkpoint(path)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
+    checkpoint = read_checkpoint(path)
     if spec is not None and spec.checkpoint and spec.checkpoint != checkpoint.digest:
         raise UserError(
             f"'{path}' does not hold the candidate's weights: digest {checkpoint.digest[:12]} "

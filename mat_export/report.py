@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mat_export.contract import UserError
-from mat_export.files import atomic_write
+from mat_export.files import atomic_write, require_folder
 from mat_export.parity import CaseResult, ParityReport, RegionError
 
 __all__ = ["render", "write_report"]
@@ -31,10 +30,7 @@ def write_report(report: ParityReport, folder: str | os.PathLike[str]) -> Path:
         UserError: If it cannot be written.
     """
     target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder '{target}': {error.strerror}") from error
+    require_folder(target)
     atomic_write(target / "parity.json", report.to_json())
     atomic_write(target / "index.html", render(report))
     return target / "index.html"
@@ -197,8 +193,8 @@ figcaption {{ font-size: 13px; }} .key b {{ font-size: 18px; }}
 </style></head><body>
 <h1>Parity <span class="{verdict}">{verdict}</span></h1>
 <p>Candidate: {candidate} ({precision}). Reference: {reference}.<br>
-Bar in the hole and in the ring of 8 pixels around its edge: {bar}. Kept pixels and the masks of
-every layer must be equal.</p>
+Bar in the hole and in the ring of 8 pixels around its edge: {bar}. Kept pixels and every
+mask that reaches the output must be equal.</p>
 <div class="scroll"><table>
 <thead><tr><th rowspan="2">case</th><th colspan="3">hole</th><th colspan="3">ring</th>
 <th rowspan="2">kept</th><th rowspan="2">masks equal</th><th rowspan="2">verdict</th></tr>

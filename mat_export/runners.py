@@ -21,7 +21,14 @@ from mat_torch.config import ConfigError, GeneratorConfig
 if TYPE_CHECKING:
     from mat_torch.checkpoint import Checkpoint
 
-__all__ = ["OrtRunner", "Runner", "TorchRunner", "check_inputs", "open_runner"]
+__all__ = [
+    "OrtRunner",
+    "Runner",
+    "TorchRunner",
+    "check_inputs",
+    "open_runner",
+    "read_checkpoint",
+]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -185,6 +192,7 @@ class OrtRunner(_Closing):
         providers: Execution providers in order of preference; None chooses.
         threads: CPU threads within an operator, ONNX Runtime's choice if None.
         spec: Contract to follow; by default the one in the file's metadata.
+        label: What to call the model in messages; by default its path.
 
     Raises:
         UserError: If there is no such file, ONNX Runtime cannot load it, or it has no contract.
@@ -197,9 +205,11 @@ class OrtRunner(_Closing):
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         spec: GraphSpec | None = None,
+        label: str | None = None,
     ) -> None:
         import onnxruntime as ort
 
+        self._label = label or ("the model" if isinstance(model, bytes) else f"'{model}'")
         source = model if isinstance(model, bytes) else _existing_file(model)
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -209,15 +219,13 @@ class OrtRunner(_Closing):
         try:
             self._session: Any = ort.InferenceSession(source, options, providers=chosen)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-            what = "the model" if isinstance(model, bytes) else f"'{model}'"
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"ONNX Runtime cannot load {what}: {reason}") from error
+            raise UserError(f"ONNX Runtime cannot load {self._label}: {_reason(error)}") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         found = spec or GraphSpec.from_metadata(metadata)
         if found is None:
             raise UserError(
-                f"'{model if not isinstance(model, bytes) else 'the model'}' is an ONNX model, but "
-                "not one that mat-export wrote: export it with 'mat-export onnx'"
+                f"{self._label} is an ONNX model, but not one that mat-export wrote: "
+                "export it with 'mat-export onnx'"
             )
         self.spec = found
         self.providers: list[str] = self._session.get_providers()
@@ -231,10 +239,19 @@ class OrtRunner(_Closing):
         check_inputs(self.spec, inputs)
         used = {tensor.name for tensor in self._session.get_inputs()}
         feed = {k: np.ascontiguousarray(v) for k, v in inputs.items() if k in used}
-        return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+        try:
+            results = self._session.run(self._outputs, feed)
+        except Exception as error:  # as above
+            raise UserError(f"ONNX Runtime cannot run {self._label}: {_reason(error)}") from error
+        return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
         self._session = None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what ONNX Runtime says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _providers(available: Sequence[str]) -> list[str]:
@@ -257,15 +274,24 @@ def open_runner(path: str | os.PathLike[str], *, threads: int | None = None) -> 
     """
     if Path(path).suffix.lower() == ".onnx":
         return OrtRunner(path, threads=threads)
+    return TorchRunner(read_checkpoint(path), threads=threads)
+
+
+def read_checkpoint(path: str | os.PathLike[str], key: str = "G_ema") -> Checkpoint:
+    """``mat_torch.load_checkpoint``, every failure a UserError.
+
+    Raises:
+        UserError: If there is no such file, torch is not installed, or it is no checkpoint.
+    """
     _existing_file(path)
     try:
         from mat_torch.checkpoint import CheckpointError, load_checkpoint
     except ModuleNotFoundError as error:
         raise UserError(
-            f"'{path}' is a checkpoint, and running one needs torch: "
+            f"'{path}' is not an ONNX file, and reading a checkpoint needs torch: "
             "install mat-export[export], or export it to ONNX elsewhere"
         ) from error
     try:
-        return TorchRunner(load_checkpoint(path), threads=threads)
+        return load_checkpoint(path, key=key)
     except CheckpointError as error:
         raise UserError(str(error)) from error

@@ -33,19 +33,26 @@ class Case:
         image: [H, W, 3], uint8.
         keep: [H, W], True where a pixel is kept.
         seed: What its randomness is drawn from.
+        truncation: ψ.
     """
 
     name: str
     image: NDArray[np.uint8]
     keep: Keep
     seed: int
+    truncation: float = 1.0
+
+
+_TRUNCATIONS = (1.0, 0.5, 2.0, 0.0)
+"""ψ of the cases, in turns: at 1 alone the mean style would cancel and go unchecked."""
 
 
 def cases(height: int, width: int) -> Iterator[Case]:
     """Every mask of MASKS over a photograph each, for this size in pixels."""
     for i, (name, draw) in enumerate(MASKS.items()):
         picture = photograph(PHOTOGRAPHS[i % len(PHOTOGRAPHS)], height, width)
-        yield Case(name, picture, draw(height, width), seed=i)
+        truncation = _TRUNCATIONS[i % len(_TRUNCATIONS)]
+        yield Case(name, picture, draw(height, width), seed=i, truncation=truncation)
 
 
 @cache

@@ -94,7 +94,7 @@ import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        if top in {"torch", "onnxscript", "onnx_ir", "scipy", "skimage", "hypothesis", "psutil"}:
+        if top in {"torch", "onnxscript", "onnx_ir", "scipy", "skimage", "hypothesis"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=top)
 sys.meta_path.insert(0, Blocker())
 """

@@ -53,6 +53,7 @@ def one_sentence(code: int, error: str) -> None:
     assert "Traceback" not in error
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
+    assert error.rstrip().splitlines()[-1] == lines[0]
 
 
 # -- export, convert, parity ----------------------------------------------------------------------
@@ -210,6 +211,31 @@ BAD = {
     "info on garbage": (["info", "garbage.pkl"], "garbage.pkl"),
     "info on nothing": (["info", "absent"], "absent"),
     "bench on nothing": (["bench", "absent.onnx"], "absent.onnx"),
+    "convert nothing": (["convert", "-o", "x.safetensors"], "--random-weights"),
+    "convert to nowhere": (
+        ["convert", "--random-weights", "0", "-o", "nowhere/x.safetensors"],
+        "nowhere",
+    ),
+    "convert onto itself": (["convert", "garbage.pkl", "-o", "garbage.pkl"], "is an input"),
+    "sheet over the picture": (
+        ["inpaint", "i.png", "m.png", "-o", "o.png", "--sheet", "i.png"],
+        "is an input",
+    ),
+    "sheet of no format": (
+        ["inpaint", "i.png", "m.png", "-o", "o.png", "--sheet", "s.xyz"],
+        ".xyz",
+    ),
+    "figures over the model": (["parity", "garbage.onnx", "--json", "garbage.onnx"], "is an input"),
+    "figures nowhere": (["parity", "garbage.onnx", "--json", "nowhere/figures"], "nowhere"),
+    "page in a file": (["parity", "garbage.onnx", "--report", "garbage.pkl"], "garbage.pkl"),
+    "empty model": (["info", "empty.onnx"], "empty"),
+    "odd JSON": (["info", "odd.json"], "no manifest"),
+    "deep JSON": (["info", "deep.json"], "not readable JSON"),
+    "sizes differ": (["inpaint", "i.png", "large.png", "-o", "o.png"], "9"),
+    "garbage model to inpaint": (
+        ["inpaint", "i.png", "m.png", "-o", "o.png", "--model", "garbage.onnx"],
+        "garbage.onnx",
+    ),
 }
 
 
@@ -220,8 +246,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     for name in ("garbage.pkl", "garbage.onnx"):
         (tmp_path / name).write_bytes(b"\x80\x04 this is neither pickle nor model")
-    for name in ("i.png", "m.png"):
-        Image.new("L", (8, 8)).save(tmp_path / name)
+    for name, side in (("i.png", 8), ("m.png", 8), ("large.png", 9)):
+        Image.new("L", (side, side)).save(tmp_path / name)
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    (tmp_path / "odd.json").write_text('{"sha256": 1, "versions": []}')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     before = sorted(os.listdir(tmp_path))
     code, _, error = run(*arguments)
     one_sentence(code, error)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from mat_export.contract import GraphSpec, UserError
+from mat_export.export import build_model
 from mat_export.parity import (
     BARS,
     EIGHT_BIT_BAR,
@@ -35,7 +36,7 @@ NAMES = ("random-large", "one-window")
 
 def small_suite(*names: str) -> list[Case]:
     return [
-        Case(name, photograph("coffee", 256, 256), MASKS[name](256, 256), seed)
+        Case(name, photograph("coffee", 256, 256), MASKS[name](256, 256), seed, 1.0 - seed / 2)
         for seed, name in enumerate(names)
     ]
 
@@ -85,7 +86,11 @@ def test_a_model_is_its_own_equal(tiny_onnx: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["second_stage.conv0.weight", "first_stage.tran.2.blocks.3.attn.value_weight"],
+    [
+        "second_stage.conv0.weight",
+        "first_stage.tran.2.blocks.3.attn.value_weight",
+        "mapping.w_avg",
+    ],
 )
 def test_one_weight_changed_fails(
     name: str, tiny_onnx: Path, reference: Runner, tmp_path: Path
@@ -94,6 +99,8 @@ def test_one_weight_changed_fails(
 
     def edit(values: NDArray[Any]) -> None:
         values.flat[values.size // 2] += 20 * values.std()
+
+    # The mean style shows only where truncation is not 1, so the suite varies it.
 
     change(model, name, edit)
     report = judged(model, tmp_path, reference)
@@ -157,6 +164,30 @@ def test_a_model_without_mask_states_fails(tiny_onnx: Path, reference: Runner) -
     assert len(report.cases[0].wrong_masks) == 10
 
 
+def test_a_wrong_coarse_image_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    spec = GraphSpec(tiny_checkpoint.config, coarse=True)
+    model, _ = build_model(
+        tiny_checkpoint,
+        replace(spec, checkpoint=tiny_checkpoint.digest, source=tiny_checkpoint.source),
+    )
+    path = tmp_path / "coarse.onnx"
+    for wrong in (False, True):
+        if wrong:  # half of the picture: the other output stays as it is
+            node = next(n for n in model.graph.node if "coarse" in n.output)
+            node.output[0] = "right"
+            half = numpy_helper.from_array(np.float32(0.5), "half")
+            model.graph.initializer.append(half)
+            model.graph.node.append(onnx.helper.make_node("Mul", ["right", "half"], ["coarse"]))
+            for other in model.graph.node[:-1]:
+                for i, name in enumerate(other.input):
+                    other.input[i] = "right" if name == "coarse" else name
+        onnx.save(model, path)
+        with open_candidate(path) as candidate, open_reference(candidate.spec) as held:
+            report = check_parity(candidate, held, suite=small_suite("random-small"))
+        assert report.passed is not wrong
+    assert any("coarse" in text for text in report.cases[0].failures)
+
+
 def test_nothing_compared_is_no_success(tiny_onnx: Path, reference: Runner) -> None:
     with open_candidate(tiny_onnx) as candidate:
         assert not check_parity(candidate, reference, suite=[]).passed
@@ -192,6 +223,16 @@ def test_the_checkpoint_beside_the_candidate_is_found(
     save_checkpoint(tiny_checkpoint, tmp_path / "weights.safetensors")
     with open_reference(spec, near=tmp_path / "mat.onnx") as found:
         assert found.spec.checkpoint == tiny_checkpoint.digest
+
+
+def test_a_model_cannot_prove_itself(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_checkpoint(tiny_checkpoint, path)
+    with open_candidate(path) as candidate:
+        with pytest.raises(UserError, match="no proof of itself"):
+            open_reference(candidate.spec, near=path)
+        with pytest.raises(UserError, match="candidate and reference"):
+            open_reference(candidate.spec, path, near=path)
 
 
 def test_different_networks_cannot_be_compared(tiny_onnx: Path) -> None:
