@@ -429,7 +429,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "onnxscript", "onnx_ir"):
             raise
-        _fail(f"this needs {error.name}, which is not installed: pip install 'mat-export[export]'")
+        _fail(f"this needs {error.name}, which is not installed: install mat-export[export]")
     except KeyboardInterrupt:
         sys.exit(130)
 
