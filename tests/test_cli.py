@@ -74,6 +74,20 @@ def test_onnx_lists_its_rewrites_and_writes_file_and_manifest(run: Run, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.json"]
 
 
+def test_onnx_takes_every_option_together(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "all.onnx"
+    options = ["--batch", 2, "--size", "dynamic", "--noise", "input", "--io", "uint8", "--coarse"]
+    code, _, error = run("onnx", "-o", out, *options, "--opset", 17)
+    assert code == 0, error
+    code, shown, _ = run("info", out)
+    assert code == 0
+    words = "".join(shown.split())  # the table folds long lines
+    assert "opset17" in words
+    assert "imageuint8[2,height,width,3]" in words
+    assert "noise_16float32[2,1,height_16,width_16]" in words
+    assert "coarseuint8[2,height,width,3]" in words
+
+
 def test_convert_keeps_the_weights(run: Run, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_checkpoint(tiny_checkpoint, source)
