@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from mat_export.contract import UserError
+from mat_export.files import require_other
 from mat_export.images import (
     READABLE,
     WRITABLE,
@@ -172,7 +173,7 @@ def _single_job(image: Path, mask: Path, out: Path) -> Job:
         mask = found[image.stem]
     if not out.is_dir():
         check_output(out)
-        _check_no_input(out, (image, mask))
+        require_other(out, image, mask)
     return Job(image, mask, out, out.is_dir())
 
 
@@ -213,12 +214,6 @@ def _make_folder(folder: Path) -> None:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"the folder '{folder}' cannot be made: {reason}") from error
     check_output(folder / "any.png")
-
-
-def _check_no_input(output: Path, inputs: Sequence[Path]) -> None:
-    for path in inputs:
-        if output.exists() and path.exists() and output.samefile(path):
-            raise UserError(f"the output '{output}' is an input: choose another name")
 
 
 def _suffixes() -> str:
@@ -277,5 +272,5 @@ class _Work:
         ]
         for path in named:
             check_output(path, mode)
-            _check_no_input(path, [job.image, *([job.mask] if job.mask else [])])
+            require_other(path, job.image, job.mask)
         return named

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,8 +238,3 @@ def _converted(tensor: onnx.TensorProto, wanted: int, name: str) -> onnx.TensorP
             "use bf16 or fp32"
         )
     return numpy_helper.from_array(converted, name)
-
-
-def summary(typed: TypedModel) -> Mapping[str, object]:
-    """What the manifest says of a typed graph."""
-    return {"half_nodes": typed.half_nodes, "fp32_islands": typed.islands, "casts": typed.casts}
