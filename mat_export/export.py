@@ -237,6 +237,14 @@ def _translations(dynamic: bool) -> dict[Any, Callable[..., Any]]:
     query_key_value = _operator(functions.QUERY_KEY_VALUE, ["x", *weights], ["q", "k", "v"], None)
     parts = [f"{name}_{part}" for name in ("fuse", "fc1", "fc2") for part in ("weight", "bias")]
     fuse_mlp = _operator(functions.FUSE_MLP, ["x", "y", *parts], ["z"], None)
+    style_scales = _operator(
+        functions.STYLE_SCALES,
+        ["style", "weight", "bias", "energy"],
+        ["scale", "factor", "magnitude"],
+        None,
+        "width",
+        "demodulated",
+    )
 
     def cut(x: Any, axis: int, window: int, shift: int) -> dict[str, int]:
         if dynamic:
@@ -256,6 +264,10 @@ def _translations(dynamic: bool) -> dict[Any, Callable[..., Any]]:
     def translate_propagation(valid: Any, window: int, shift: int) -> Any:
         return propagation(valid, **cut(valid, 2, window, shift))
 
+    def translate_style_scales(style: Any, weight: Any, bias: Any, energy: Any) -> Any:
+        count, width, _ = (int(side) for side in energy.shape)
+        return style_scales(style, weight, bias, energy, width=width, demodulated=count)
+
     def translate_depth_to_space(x: Any) -> Any:
         return standard.DepthToSpace(x, blocksize=2, mode="DCR")
 
@@ -264,6 +276,7 @@ def _translations(dynamic: bool) -> dict[Any, Callable[..., Any]]:
         ops.mask_propagation._opoverload: translate_propagation,
         ops.query_key_value._opoverload: lambda *inputs: query_key_value(*inputs),
         ops.fuse_mlp._opoverload: lambda *inputs: fuse_mlp(*inputs),
+        ops.style_scales._opoverload: translate_style_scales,
         ops.depth_to_space._opoverload: translate_depth_to_space,
     }
 
@@ -271,10 +284,10 @@ def _translations(dynamic: bool) -> dict[Any, Callable[..., Any]]:
 def _operator(
     name: str, inputs: list[str], outputs: list[str], dynamic: bool | None, *more: str
 ) -> values.Op:
-    """An operator of our domain for the exporter; `dynamic` None means it has no attributes."""
+    """An operator of our domain for the exporter; `dynamic` None means it cuts no windows."""
     schema = onnx.defs.OpSchema
     parameter, attribute = schema.FormalParameter, schema.Attribute
-    attributes = [] if dynamic is None else ["window", "shift", *more]
+    attributes = [*([] if dynamic is None else ["window", "shift"]), *more]
     if dynamic is False:
         attributes += ["height", "width"]
 

@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from mat_export.contract import OPERATOR_DOMAIN
-from mat_torch.config import LRELU_SLOPE, MASKED_LOGIT
+from mat_torch.config import DEMODULATION_EPS, LRELU_SLOPE, MASKED_LOGIT
 
 __all__ = [
     "ATTENTION",
     "FUSE_MLP",
+    "LEAST_STYLE",
     "PROPAGATION",
     "QUERY_KEY_VALUE",
+    "STYLE_SCALES",
     "UNMASKED_ATTENTION",
     "WINDOW_ORDER",
     "function_library",
@@ -37,6 +39,10 @@ UNMASKED_ATTENTION = "WindowAttention"
 PROPAGATION = "MaskPropagation"
 QUERY_KEY_VALUE = "QueryKeyValue"
 FUSE_MLP = "FuseMlp"
+STYLE_SCALES = "StyleScales"
+
+LEAST_STYLE = 1e-12
+"""A style's largest magnitude counts as no less than this."""
 WINDOW_ORDER = "WindowOrder"
 
 
@@ -56,6 +62,7 @@ def function_library(opset: int, *, dynamic: bool) -> list[onnx.FunctionProto]:
         _propagation(opset, dynamic),
         _query_key_value(opset),
         _fuse_mlp(opset),
+        _style_scales(opset),
     ]
 
 
@@ -321,4 +328,46 @@ def _fuse_mlp(opset: int) -> onnx.FunctionProto:
         inputs,
         ["z"],
         doc="fc2(lrelu(fc1(lrelu(fuse([x, y])))), per token. x, y, z: [B, H, W, C].",
+    )
+
+
+def _style_scales(opset: int) -> onnx.FunctionProto:
+    """``s/max|s|`` of each layer and ``rsqrt((s/m)²·energy + ε/m²)`` of the demodulated ones."""
+    b = _Body(opset)
+    infer, one = b.constant("infer", [-1]), b.constant("one", [1])
+    keep, last = b.constant("keep", [0]), b.constant("last", [-1])
+    width = b("Reshape", [b.attribute("width"), infer], "width_vector")
+    count = b("Reshape", [b.attribute("demodulated"), infer], "count_vector")
+    rows = b("Gemm", ["style", "weight", "bias"], "styles")
+    rows = b("Reshape", [rows, b.vector(keep, infer, width, output="rows_shape")], "rows")
+    magnitudes = b("Abs", [rows], "magnitudes")
+    if opset >= 18:
+        m = b("ReduceMax", [magnitudes, last], "largest", keepdims=1)
+    else:
+        m = b("ReduceMax", [magnitudes], "largest", keepdims=1, axes=[-1])
+    m = b("Max", [m, b.constant("least", LEAST_STYLE)], "bounded")
+    s = b("Div", [rows, m], "scale_rows")
+    # Demodulation of the first layers.
+    axis = b.constant("layer_axis", [1])
+    first = b("Slice", [s, keep, count, axis], "demodulated_rows")
+    square = b("Mul", [first, first], "square")
+    square = b("Unsqueeze", [square, b.constant("row_axis", [2])], "square_rows")
+    sums = b("Squeeze", [b("MatMul", [square, "energy"], "sum_rows"), "row_axis"], "sums")
+    own = b("Slice", [m, keep, count, axis], "demodulated_bounded")
+    eps = b("Div", [b.constant("epsilon", DEMODULATION_EPS / 2.0), own], "epsilon_over_m")
+    eps = b("Div", [eps, own], "epsilon_over_square")
+    root = b("Sqrt", [b("Add", [sums, eps], "energy_sum")], "root")
+    factor = b("Reciprocal", [root], "factor_rows")
+    shape = b.vector(keep, infer, one, one, output="map_shape")
+    b("Reshape", [s, shape], "scale")
+    b("Reshape", [factor, shape], "factor")
+    b("Reshape", [m, shape], "magnitude")
+    return b.function(
+        STYLE_SCALES,
+        ["style", "weight", "bias", "energy"],
+        ["scale", "factor", "magnitude"],
+        ["width", "demodulated"],
+        doc="Styles of several layers of one width. style: [B, D]; energy: [demodulated, width, "
+        "out]; scale: [B, layers·width, 1, 1]; factor: [B, demodulated·out, 1, 1]; magnitude: "
+        "[B, layers, 1, 1].",
     )

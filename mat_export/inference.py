@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import ClassVar, TypeVar
 
 import torch
@@ -362,13 +361,53 @@ class TokenStage(nn.Module):
 # -- styles -------------------------------------------------------------------------------------
 
 
+class StyleGroup(nn.Module):
+    """Styles and demodulation factors of the layers of one input width (`ops.style_scales`).
+
+    Args:
+        convs: The layers, those with demodulation first.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    energy: Tensor
+
+    def __init__(self, convs: Sequence[layers.ModulatedConv]) -> None:
+        super().__init__()
+        affine = [Linear.of(conv.affine) for conv in convs]
+        self.register_buffer("weight", _constant(torch.cat([a.weight for a in affine]).T))
+        self.register_buffer("bias", _constant(torch.cat([a.bias for a in affine])))
+        width = convs[0].weight.shape[2]
+        demodulated = [conv for conv in convs if conv.demodulate]
+        outs = [conv.weight.shape[1] for conv in demodulated]
+        # Σ_k w² per input and output channel, halved, which makes the factor √2 larger. Narrower
+        # layers are filled up, so that one product serves all.
+        energy = torch.zeros(max(len(outs), 1), width, max(outs, default=1))
+        for i, conv in enumerate(demodulated):
+            weight = conv.weight[0].double() * conv.weight_gain
+            energy[i, :, : outs[i]] = weight.square().sum((2, 3)).T / 2.0
+        self.register_buffer("energy", _constant(energy))
+        self._widths = [width] * len(convs)
+        self._outs = outs
+        self._magnitudes = [1] * len(convs)
+
+    def forward(self, style: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """[B, D] → (scale, factor or magnitude) of each layer, in order."""
+        scale, factor, magnitude = ops.style_scales(style, self.weight, self.bias, self.energy)
+        scales = torch.split(scale, self._widths, dim=1)
+        rows = torch.split(factor, self.energy.shape[2], dim=1)
+        factors = [row[:, :out] for row, out in zip(rows, self._outs, strict=False)]
+        magnitudes = torch.split(magnitude, self._magnitudes, dim=1)[len(factors) :]
+        return list(zip(scales, (*factors, *magnitudes), strict=True))
+
+
 class StyleBank(nn.Module):
     """Every style and demodulation factor of a stage, from one style vector.
 
     For a layer with weights w, style s and ``m = max|s|``:
     ``conv(x·s, w)·rsqrt(Σ w²s² + 1e-8) = conv(x·s/m, w)·rsqrt(Σ w²(s/m)² + 1e-8/m²)``.
-    All layers lie side by side in one vector, so that one product and one pass of arithmetic serve
-    them all. These are a few thousand numbers an image and may stay in FP32.
+    Layers of one width lie side by side, so that two products and one pass of arithmetic serve them
+    all. These are a few thousand numbers an image and may stay in FP32.
 
     Args:
         convs: The modulated convolutions of the stage, all fed by the same style.
@@ -378,34 +417,17 @@ class StyleBank(nn.Module):
 
     def __init__(self, convs: Sequence[layers.ModulatedConv]) -> None:
         super().__init__()
-        # Demodulated layers of one shape stand together, ToRGB layers last, widest first.
-        shapes = {i: (conv.weight.shape[2], conv.weight.shape[1]) for i, conv in enumerate(convs)}
-        order = sorted(
-            shapes, key=lambda i: (not convs[i].demodulate, -shapes[i][0], -shapes[i][1], i)
-        )
-        self._order = order
-        self._widths = [shapes[i][0] for i in order]
-        self._demodulated = [i for i in order if convs[i].demodulate]
-        self._outs = [shapes[i][1] for i in self._demodulated]
-        affine = [Linear.of(convs[i].affine) for i in order]
-        self.affine = Linear(
-            torch.cat([a.weight for a in affine]), torch.cat([a.bias for a in affine])
-        )
-        # Layer of each entry of the long vectors, to spread one number a layer over its channels.
-        self.register_buffer("layer_of_input", _repeated(self._widths))
-        self.register_buffer("layer_of_output", _repeated(self._outs))
-        # Σ_k w² per input and output channel, halved, which makes the factor √2 larger.
-        self._runs = [
-            (shape, [i for i in self._demodulated if shapes[i] == shape])
-            for shape in dict.fromkeys(shapes[i] for i in self._demodulated)
+        widths = [conv.weight.shape[2] for conv in convs]
+        self._members = [
+            sorted(
+                (i for i, own in enumerate(widths) if own == width),
+                key=lambda i: not convs[i].demodulate,
+            )
+            for width in sorted(set(widths), reverse=True)
         ]
-        for (width, out), members in self._runs:
-            energy = [
-                (convs[i].weight[0].double() * convs[i].weight_gain).square().sum((2, 3)).T
-                for i in members
-            ]
-            halved = torch.stack(energy).float().squeeze(0) / 2.0
-            self.register_buffer(f"energy_{width}_{out}", _constant(halved))
+        self.groups = nn.ModuleList(
+            StyleGroup([convs[i] for i in members]) for members in self._members
+        )
 
     def forward(self, style: Tensor) -> list[tuple[Tensor, Tensor]]:
         """[B, D] → (scale, factor) of each layer, in the order they were given.
@@ -413,53 +435,10 @@ class StyleBank(nn.Module):
         The scale is s/m [B, in, 1, 1]. The factor is what the result is multiplied by: for a
         demodulated layer [B, out, 1, 1] with lrelu's √2 in it, else m itself [B, 1, 1, 1].
         """
-        styles = self.affine(style)
-        # Largest magnitude of each layer, [B, layers].
-        maxima = [
-            torch.unflatten(part, 1, (-1, width)).amax(dim=2)
-            for part, width in zip(
-                torch.split(styles.abs(), [n * w for w, n in self._width_runs()], dim=1),
-                (w for w, _ in self._width_runs()),
-                strict=True,
-            )
-        ]
-        m = torch.cat(maxima, dim=1).clamp(min=1e-12)
-        s = styles / m.index_select(1, self.get_buffer("layer_of_input"))
-        # Demodulation of each output channel, [B, channels].
-        sizes = [width * len(members) for (width, _), members in self._runs]
-        rest = sum(self._widths[len(self._outs) :])
-        squares = torch.split(s.square(), [*sizes, rest], dim=1)[:-1]
-        energies = [
-            self._energy(square, shape, len(members))
-            for square, (shape, members) in zip(squares, self._runs, strict=True)
-        ]
-        eps = (layers.DEMODULATION_EPS / 2.0) / m.square()
-        eps = eps.index_select(1, self.get_buffer("layer_of_output"))
-        factor = torch.rsqrt(torch.cat(energies, dim=1) + eps)
-        # One tensor a layer, shaped to scale feature maps.
-        scales = torch.split(s[:, :, None, None], self._widths, dim=1)
-        factors = torch.split(factor[:, :, None, None], self._outs, dim=1)
-        single = [1] * (len(self._order) - len(self._outs))
-        magnitudes = torch.split(m[:, :, None, None], [len(self._outs), *single], dim=1)[1:]
-        pairs = zip(scales, (*factors, *magnitudes), strict=True)
-        results = dict(zip(self._order, pairs, strict=True))
+        results = {}
+        for members, group in zip(self._members, self.groups, strict=True):
+            results.update(zip(members, group(style), strict=True))
         return [results[i] for i in range(len(results))]
-
-    def _width_runs(self) -> list[tuple[int, int]]:
-        """(width, layers in a row that have it) along the long vector."""
-        return [(width, len(list(run))) for width, run in groupby(self._widths)]
-
-    def _energy(self, square: Tensor, shape: tuple[int, int], count: int) -> Tensor:
-        """Σ w²s² of `count` layers of one shape: [B, count·in] → [B, count·out]."""
-        weight = self.get_buffer(f"energy_{shape[0]}_{shape[1]}")
-        if count == 1:
-            return square @ weight
-        return (torch.unflatten(square, 1, (count, 1, shape[0])) @ weight).flatten(1)
-
-
-def _repeated(sizes: Sequence[int]) -> Tensor:
-    """[0]*sizes[0] + [1]*sizes[1] + …, as an index."""
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
 
 class StyleConv(nn.Module):

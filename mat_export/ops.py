@@ -8,7 +8,7 @@ calls the functions they wrap.
   (`mat_export.functions`), a CUDA kernel and a TensorRT plugin.
 - `query_key_value` and `fuse_mlp` are the two halves of a transformer block around the attention.
   They become ONNX functions too, so that a block is three nodes to the reader; no backend needs to
-  know them.
+  know them. `style_scales` is the same for the styles of a stage.
 - `depth_to_space` is a standard ONNX operator that torch lacks.
 
 An operator may return neither an input nor a view, of an input or of another output; hence the
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mat_export.functions import LEAST_STYLE
 from mat_torch import attention
-from mat_torch.config import LRELU_SLOPE
+from mat_torch.config import DEMODULATION_EPS, LRELU_SLOPE
 
 __all__ = [
     "depth_to_space",
@@ -30,6 +31,7 @@ __all__ = [
     "mask_propagation",
     "masked_window_attention",
     "query_key_value",
+    "style_scales",
 ]
 
 
@@ -117,6 +119,36 @@ def _(
     fc2_bias: Tensor,
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("mat::style_scales", mutates_args=())
+def style_scales(
+    style: Tensor, weight: Tensor, bias: Tensor, energy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Styles of L layers of one width, bounded by their maxima, and demodulation of the first c.
+
+    For each layer, ``s = style·W + b``, ``m = max|s|``, the scale is ``s/m`` and the factor
+    ``rsqrt((s/m)²·energy + ε/m²)``, half the ε of demodulation since the energies are halved.
+
+    style: [B, D]; weight: [D, L·in]; bias: [L·in]; energy: [c, in, out], c ≤ L.
+    Returns scale [B, L·in, 1, 1], factor [B, c·out, 1, 1] and magnitude m [B, L, 1, 1].
+    """
+    count, width, _ = energy.shape
+    rows = torch.unflatten(style @ weight + bias, 1, (-1, width))
+    m = rows.abs().amax(dim=2, keepdim=True).clamp(min=LEAST_STYLE)
+    s = rows / m
+    sums = (s[:, :count].square().unsqueeze(2) @ energy).squeeze(2)
+    factor = torch.rsqrt(sums + (DEMODULATION_EPS / 2.0) / m[:, :count].square())
+    scale, factor = (x.flatten(1)[:, :, None, None] for x in (s, factor))
+    return scale.clone(), factor.clone(), m.flatten(1)[:, :, None, None].clone()
+
+
+@style_scales.register_fake
+def _(style: Tensor, weight: Tensor, bias: Tensor, energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (count, width, out), batch = energy.shape, style.shape[0]
+    sizes = (bias.shape[0], count * out, bias.shape[0] // width)
+    scale, factor, magnitude = (style.new_empty(batch, n, 1, 1) for n in sizes)
+    return scale, factor, magnitude
 
 
 @torch.library.custom_op("mat::depth_to_space", mutates_args=())

@@ -175,7 +175,7 @@ class _Typing:
         chosen = self._choose(node, floats)
         if node.op_type not in _TYPE_ONLY:
             for i, name in enumerate(node.input):
-                if name in floats:
+                if name in floats and not (node.op_type == "Resize" and i > 0):  # its scales
                     node.input[i] = self._as(name, chosen)
         self._nodes.append(node)
         for output in node.output:

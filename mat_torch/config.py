@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "BOTTLENECK",
+    "DEMODULATION_EPS",
     "LRELU_SLOPE",
     "MASKED_LOGIT",
     "PRESETS",
@@ -16,6 +17,9 @@ __all__ = [
     "GeneratorConfig",
     "preset",
 ]
+
+DEMODULATION_EPS = 1e-8
+"""Added to the sum of squares that demodulation takes the root of."""
 
 LRELU_SLOPE = 0.2
 """Slope of every leaky ReLU for negative values."""

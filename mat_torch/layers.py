@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mat_torch.config import LRELU_SLOPE
+from mat_torch.config import DEMODULATION_EPS, LRELU_SLOPE
 
 __all__ = [
     "DEMODULATION_EPS",
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 LRELU_GAIN = math.sqrt(2.0)
-DEMODULATION_EPS = 1e-8
 LATENT_EPS = 1e-8
 _W_AVG_DECAY = 0.995
 

@@ -163,9 +163,15 @@ def arrays(case: Case) -> Arrays:
         "fc2_weight": normal(2 * C, C),
         "fc2_bias": normal(C),
         "d": normal(case.batch, 4 * case.heads, height, width),
+        # Three layers of four channels, two of them demodulated.
+        "style": normal(case.batch, 5),
+        "style_weight": normal(5, 12),
+        "style_bias": normal(12),
+        "energy": normal(2, 4, 6) ** 2,
     }
 
 
+STYLE_SCALES = ("style", "style_weight", "style_bias", "energy")
 FUSE_MLP = ("x", "y", *(f"{n}_{p}" for n in ("fuse", "fc1", "fc2") for p in ("weight", "bias")))
 QUERY_KEY_VALUE = ("x", "query_key_weight", "query_key_bias", "value_weight")
 
@@ -188,6 +194,11 @@ def by_reference(case: Case, inputs: Arrays) -> dict[str, Tensor]:
     h = torch.cat([t["x"], t["y"]], dim=-1)
     for name in ("fuse", "fc1"):
         h = F.leaky_relu(F.linear(h, t[f"{name}_weight"].T, t[f"{name}_bias"]), LRELU_SLOPE)
+    styles = F.linear(t["style"], t["style_weight"].T, t["style_bias"]).reshape(-1, 3, 4)
+    magnitude = styles.abs().amax(dim=2)
+    s = styles / magnitude[:, :, None]
+    sums = torch.einsum("bci,cio->bco", s[:, :2] ** 2, t["energy"])
+    factor = torch.rsqrt(sums + 5e-9 / magnitude[:, :2, None] ** 2)
     deep = torch.unflatten(t["d"], 1, (4, -1)).transpose(1, 2).flatten(1, 2)
     return {
         "attended": attend(t["valid"]),
@@ -197,6 +208,9 @@ def by_reference(case: Case, inputs: Arrays) -> dict[str, Tensor]:
         "keys": k,
         "values": t["x"] @ t["value_weight"],
         "fused": F.linear(h, t["fc2_weight"].T, t["fc2_bias"]),
+        "scale": s.reshape(-1, 12, 1, 1),
+        "factor": factor.reshape(-1, 12, 1, 1),
+        "magnitude": magnitude.reshape(-1, 3, 1, 1),
         "interleaved": F.pixel_shuffle(deep, 2),
     }
 
@@ -206,6 +220,7 @@ def by_operator(case: Case, inputs: Arrays) -> dict[str, Tensor]:
     t = {name: torch.from_numpy(array) for name, array in inputs.items()}
     qkv, cut = (t["q"], t["k"], t["v"]), (case.window, case.shift)
     q, k, v = ops.query_key_value(*(t[name] for name in QUERY_KEY_VALUE))
+    scale, factor, magnitude = ops.style_scales(*(t[name] for name in STYLE_SCALES))
     return {
         "attended": ops.masked_window_attention(*qkv, t["valid"], *cut, case.heads),
         "attended_unmasked": ops.masked_window_attention(*qkv, None, *cut, case.heads),
@@ -214,6 +229,9 @@ def by_operator(case: Case, inputs: Arrays) -> dict[str, Tensor]:
         "keys": k,
         "values": v,
         "fused": ops.fuse_mlp(*(t[name] for name in FUSE_MLP)),
+        "scale": scale,
+        "factor": factor,
+        "magnitude": magnitude,
         "interleaved": ops.depth_to_space(t["d"]),
     }
 
@@ -240,6 +258,13 @@ def onnx_model(case: Case, opset: int, *, dynamic: bool, batch: str | int) -> on
         node(functions.PROPAGATION, ["valid"], ["propagated"], **cut),
         node(functions.QUERY_KEY_VALUE, QUERY_KEY_VALUE, ["queries", "keys", "values"]),
         node(functions.FUSE_MLP, FUSE_MLP, ["fused"]),
+        node(
+            functions.STYLE_SCALES,
+            STYLE_SCALES,
+            ["scale", "factor", "magnitude"],
+            width=4,
+            demodulated=2,
+        ),
         helper.make_node("DepthToSpace", ["d"], ["interleaved"], blocksize=2, mode="DCR"),
     ]
 
@@ -385,6 +410,7 @@ def operator_calls() -> Iterable[tuple[str, Any, tuple[Any, ...]]]:
     yield "mask_propagation_of_one_token", ops.mask_propagation, (t["valid"], 1, 0)
     yield "query_key_value", ops.query_key_value, tuple(t[name] for name in QUERY_KEY_VALUE)
     yield "fuse_mlp", ops.fuse_mlp, tuple(t[name] for name in FUSE_MLP)
+    yield "style_scales", ops.style_scales, tuple(t[name] for name in STYLE_SCALES)
     yield "depth_to_space", ops.depth_to_space, (t["d"],)
 
 
