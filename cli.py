@@ -8,15 +8,22 @@ or usage.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mat_export.openers import register_opener
+
 if TYPE_CHECKING:
+    from engines.options import BuildOptions
     from mat_export.runners import Runner
     from mat_torch import Checkpoint, GeneratorConfig
+
+for suffix in (".plan", ".engine"):
+    register_opener(suffix, "engines.runner:EngineRunner")
 
 app = typer.Typer(
     name="mat-export",
@@ -55,6 +62,31 @@ class Dtype(str, Enum):
 
     float32 = "float32"
     float16 = "float16"
+
+
+class BackendName(str, Enum):
+    """What builds and runs engines."""
+
+    auto = "auto"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class TrialName(str, Enum):
+    """What runs the model that is on trial."""
+
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class Precision(str, Enum):
+    """What a graph computes in."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    fp16 = "fp16"
+    bf16 = "bf16"
 
 
 class Hole(str, Enum):
@@ -164,11 +196,274 @@ def onnx(
 
 
 @app.command()
+def trt(
+    model: Annotated[Path, typer.Argument(help="An FP32 file of 'mat-export onnx'.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The engine to write.")] = Path(
+        "mat.plan"
+    ),
+    fp16: Annotated[bool, typer.Option("--fp16", help="Half precision. [default]")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16, from TensorRT 10 on.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision throughout.")] = False,
+    tf32: Annotated[bool, typer.Option("--tf32", help="FP32 on TF32 tensor cores.")] = False,
+    backend: Annotated[
+        BackendName, typer.Option(help="auto takes what this machine's GPU, or --target, supports.")
+    ] = BackendName.auto,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="sm_NN", help="Build for this GPU without having it (RTX)."),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:OPT:MAX", help="Where it is dynamic. [default: 1:1:8]"),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="HxW each, where it is dynamic. [default: native:native:twice]",
+        ),
+    ] = None,
+    level: Annotated[
+        int | None, typer.Option(help="Optimization, 0 to 5. [default: TensorRT's own]")
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MIB", help="Most scratch memory of a layer.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Runs on later TensorRT versions too.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Runs on other GPUs too, Ampere on.")
+    ] = False,
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="Weights can be swapped by 'mat-export refit'.")
+    ] = False,
+    mask_states: Annotated[
+        bool,
+        typer.Option("--mask-states", help="Give the masks of stage one too, to prove them."),
+    ] = False,
+    tactic_sources: Annotated[
+        str | None, typer.Option(metavar="A,B", help="TensorRT's tactic sources to use.")
+    ] = None,
+    timing_iterations: Annotated[
+        int | None, typer.Option(metavar="N", help="Timings to average for each kernel.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="Kernel timings. [default: in the user's cache folder]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build even what is built.")] = False,
+) -> None:
+    """Build a TensorRT engine of an exported model."""
+    from engines.options import BuildOptions, parse_batch, parse_size
+    from mat_export.contract import UserError
+
+    wanted = {"fp16": fp16, "bf16": bf16, "fp32": fp32, "tf32": tf32}
+    chosen = [name for name, given in wanted.items() if given] or ["fp16"]
+    if len(chosen) > 1:
+        raise UserError(f"give one precision, got --{' and --'.join(chosen)}")
+    options = BuildOptions(
+        backend=backend.value,
+        target=target,
+        batch=None if batch is None else parse_batch(batch),
+        size=None if size is None else parse_size(size),
+        level=level,
+        workspace_mib=workspace,
+        tf32=chosen[0] == "tf32",
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        refittable=refittable,
+        tactic_sources=None if tactic_sources is None else tuple(tactic_sources.split(",")),
+        timing_iterations=timing_iterations,
+    )
+    _build(model, output, Precision(chosen[0]), options, mask_states, timing_cache, force)
+
+
+def _build(
+    model: Path,
+    output: Path,
+    precision: Precision,
+    options: BuildOptions,
+    mask_states: bool,
+    timing_cache: Path | None,
+    force: bool,
+) -> None:
+    """What `trt` does, its options read."""
+    from engines.backend import open_backend
+    from engines.build import build_engine
+    from mat_export.console import note, tracker
+    from mat_export.engine_graph import prepare_engine_graph
+    from mat_export.files import file_digest, require_other, require_writable
+    from mat_export.manifest import manifest_path
+
+    require_other(output, model, manifest_path(model))
+    require_other(manifest_path(output), model, manifest_path(model))
+    require_writable(output)
+    found = open_backend(options.backend, target=options.target)
+    note(f"preparing the graph for {found.label}: {precision.value}, opset {found.opset}")
+    graph = prepare_engine_graph(model, precision.value, opset=found.opset, mask_states=mask_states)
+    command = ["mat-export", "trt", str(model), f"--{precision.value}", "-o", str(output)]
+    command += [part for part in options.to_arguments() if part != "--tf32"]
+    command += ["--mask-states"] if mask_states else []
+    with tracker("build") as progress:
+        report = build_engine(
+            graph.model.SerializeToString(),
+            output,
+            options,
+            sources={
+                "checkpoint": graph.spec.checkpoint,
+                "onnx": {"path": str(model), "sha256": file_digest(model)},
+                "passes": graph.passes,
+                "plugin": None,
+                "calibration": None,
+                "command": command,
+            },
+            progress=progress,
+            note=note,
+            force=force,
+            timing_cache=timing_cache,
+        )
+    if report.cached:
+        note(f"{output} is what this request builds: nothing to do (--force builds it again)")
+    else:
+        layers = f", {report.layers['layers']} layers" if report.layers else ""
+        note(
+            f"wrote {output} and {manifest_path(output)}: {report.backend}, {precision.value}"
+            f"{layers}, {report.bytes / 1e6:.1f} MB, {report.seconds:.1f} s"
+        )
+    note(f"prove it: mat-export parity {output}")
+
+
+@app.command()
+def refit(
+    plan: Annotated[Path, typer.Argument(help="An engine built with --refittable.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="The new weights: a checkpoint, or an ONNX file of them.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="[default: over the engine]")
+    ] = None,
+    key: KeyOption = "G_ema",
+    prove: Annotated[
+        bool, typer.Option("--parity/--no-parity", help="Hold the result against the weights.")
+    ] = True,
+) -> None:
+    """Swap the weights of an engine in seconds, without building it again."""
+    from engines.papers import open_plan
+    from engines.refit import refit_plan
+    from mat_export.console import note, tracker
+    from mat_export.contract import UserError
+    from mat_export.engine_graph import prepare_engine_graph, prepare_model
+    from mat_export.files import require_other, require_writable
+
+    target = output or plan
+    require_other(target, checkpoint)
+    require_writable(target)
+    opened = open_plan(plan)
+    passes = opened.manifest["sources"].get("passes", {})
+    opset, states = opened.backend.opset, "mask_states" in passes
+    precision = opened.spec.precision
+    if checkpoint.suffix.lower() == ".onnx":
+        graph = prepare_engine_graph(checkpoint, precision, opset=opset, mask_states=states)
+    else:
+        weights = _weights(checkpoint, None, None, key)
+        from mat_export.export import build_model
+
+        if weights.config != opened.spec.config:
+            raise UserError(
+                f"'{checkpoint}' is of {weights.config.name} and the engine of "
+                f"{opened.spec.config.name}: weights of the same network are needed"
+            )
+        spec = opened.spec.with_changes(
+            precision="fp32", checkpoint=weights.digest, source=weights.source
+        )
+        note("exporting the new weights")
+        model, _ = build_model(weights, spec, progress=note)
+        graph = prepare_model(model, precision, opset=opset, mask_states=states)
+    report = refit_plan(opened, graph.model, target)
+    note(f"wrote {target}: {report.weights} weights swapped in {report.seconds:.1f} s")
+    if prove:
+        from mat_export.parity import check_parity, open_candidate, open_reference
+
+        with open_candidate(target) as judged:
+            found = open_reference(judged.spec, checkpoint, near=target)
+            with found as held, tracker("parity") as progress:
+                result = check_parity(judged, held, progress=progress)
+        _show_parity(result)
+        _record_parity(target, result)
+        if not result.passed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def debug(
+    model: Annotated[Path, typer.Argument(help="An FP32 file of 'mat-export onnx'.")],
+    precision: Annotated[Precision, typer.Option(help="Of the run on trial.")] = Precision.fp16,
+    backend: Annotated[TrialName, typer.Option(help="What runs it.")] = TrialName.onnxruntime,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative error. [default: by precision]")
+    ] = None,
+    json_file: JsonOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Name the first layer where a backend parts from FP32 on ONNX Runtime; exit 1 if one does."""
+    from mat_export.bench import example_inputs
+    from mat_export.console import note, show_table, tracker
+    from mat_export.debugging import HEADINGS, find_divergence, run_onnxruntime
+    from mat_export.engine_graph import prepare_engine_graph
+    from mat_export.files import atomic_write, require_other, require_writable
+
+    if json_file is not None:
+        require_other(json_file, model)
+        require_writable(json_file)
+    opset = 22
+    if backend is not TrialName.onnxruntime:
+        from engines.backend import open_backend
+
+        opset = open_backend(backend.value).opset
+    graph = prepare_engine_graph(model, precision.value, opset=opset)
+    reference = prepare_engine_graph(model, "fp32", opset=opset)
+
+    def on_cpu(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return run_onnxruntime(model, inputs, threads=threads)
+
+    def on_trial(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        from engines.trial import run_tensorrt
+
+        return run_tensorrt(model, inputs, backend.value, tf32=precision is Precision.tf32)
+
+    bars = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 5e-2, "bf16": 3e-1}
+    with tracker("debug") as progress:
+        found = find_divergence(
+            graph.model,
+            on_cpu if backend is TrialName.onnxruntime else on_trial,
+            on_cpu,
+            example_inputs(graph.spec, 1),
+            tolerance=bars[precision.value] if tolerance is None else tolerance,
+            reference=reference.model,
+            progress=progress,
+        )
+    show_table("", HEADINGS, found.rows())
+    note(str(found))
+    if json_file is not None:
+        atomic_write(json_file, found.to_json())
+    if found.first is not None:
+        raise typer.Exit(1)
+
+
+@app.command()
 def parity(
-    candidate: Annotated[Path, typer.Argument(help="The model to judge: ONNX or a checkpoint.")],
+    candidate: Annotated[
+        Path, typer.Argument(help="The model to judge: an engine, ONNX or a checkpoint.")
+    ],
     reference: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint or ONNX. [default: what the candidate was made of]"),
+        typer.Option(
+            help="Checkpoint, ONNX or recording (.npz). [default: what the candidate was made of]"
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Record the reference's answers (.npz), to judge by where it cannot run"),
     ] = None,
     json_file: JsonOption = None,
     report: Annotated[
@@ -186,13 +481,19 @@ def parity(
     if json_file is not None:
         require_other(json_file, candidate, reference, manifest_path(candidate))
         require_writable(json_file)
+    if record is not None:
+        require_other(record, candidate, reference, manifest_path(candidate))
+        require_writable(record)
     if report is not None:
         require_folder(report)
     with open_candidate(candidate, threads=threads) as judged:
-        found = open_reference(judged.spec, reference, near=candidate, threads=threads)
+        found = open_reference(
+            judged.spec, reference, near=candidate, record=record, threads=threads
+        )
         with found as held, tracker("parity") as progress:
             result = check_parity(judged, held, progress=progress, keep_pictures=report is not None)
     _show_parity(result)
+    _record_parity(candidate, result)
     if json_file is not None:
         atomic_write(json_file, result.to_json())
     if report is not None:
@@ -203,7 +504,9 @@ def parity(
 
 @app.command()
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="ONNX files and checkpoints (PyTorch).")],
+    models: Annotated[
+        list[Path], typer.Argument(help="Engines, ONNX files and checkpoints (PyTorch).")
+    ],
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before them.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Images at once, where it is dynamic.")] = 1,
@@ -249,7 +552,7 @@ def inpaint(
     output: Annotated[Path, typer.Option("-o", "--output", help="File or folder to write.")],
     model: Annotated[
         Path | None,
-        typer.Option(help=f"ONNX or checkpoint. [default: {DEFAULT_PRESET}, untrained]"),
+        typer.Option(help=f"Engine, ONNX or checkpoint. [default: {DEFAULT_PRESET}, untrained]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Names the answer; 0 to 2**64 - 1.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Answers for each picture.")] = 1,
@@ -313,7 +616,9 @@ def inpaint(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, ONNX model, manifest or picture.")],
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint, ONNX model, engine, manifest or picture.")
+    ],
 ) -> None:
     """Say what a file is."""
     from mat_export.console import show_facts
@@ -325,11 +630,12 @@ def info(
 @app.command()
 def doctor() -> None:
     """Say what is installed, which backends work, and why others do not."""
+    from engines.checks import examine_engines
     from mat_export.console import show_table
-    from mat_export.inspection import examine
+    from mat_export.inspection import Check, examine
 
     words = {True: "works", False: "FAILS", None: "absent"}
-    checks = examine()
+    checks = [*examine(), *(Check(*row) for row in examine_engines())]
     show_table("", ["what", "", "details"], [[c.name, words[c.works], c.detail] for c in checks])
     if any(check.works is False for check in checks):
         raise typer.Exit(1)
@@ -415,6 +721,20 @@ def _show_parity(result: object) -> None:
         ],
     )
     note(f"parity {'passed' if result.passed else 'FAILED'} (bar: {result.bar}, and equal masks)")
+
+
+def _record_parity(path: Path, result: Any) -> None:
+    """Write the verdict into an engine's manifest."""
+    import json
+
+    from mat_export.openers import opener_of
+
+    if opener_of(path) is None:
+        return
+    from engines.papers import record_parity
+
+    entries = json.loads(result.to_json())
+    record_parity(path, {k: v for k, v in entries.items() if k not in ("pictures",)})
 
 
 def main() -> None:

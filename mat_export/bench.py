@@ -22,6 +22,7 @@ import numpy as np
 
 from mat_export.contract import GraphSpec, UserError
 from mat_export.manifest import package_version
+from mat_export.openers import OPENERS
 
 __all__ = ["BenchReport", "ModelTiming", "bench", "example_inputs"]
 
@@ -152,7 +153,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, far = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(far, self.model, batch, threads), daemon=True
+            target=_serve, args=(far, self.model, batch, threads, dict(OPENERS)), daemon=True
         )
         self._process.start()
         far.close()
@@ -196,24 +197,30 @@ class _Worker:
             self._process.kill()
 
 
-def _serve(connection: Connection, model: str, batch: int, threads: int) -> None:
-    """What a worker's process does: open the model, then run it each time it is told to."""
+def _serve(
+    connection: Connection, model: str, batch: int, threads: int, openers: dict[str, str]
+) -> None:
+    """What a worker's process does: open the model, then run it each time it is told to.
+
+    A spawned process knows no file types but our own, so it is told those of its parent.
+    """
     from mat_export.runners import open_runner
 
+    OPENERS.update(openers)
     try:
         start = time.perf_counter()
-        runner = open_runner(model, threads=threads)
-        inputs = example_inputs(runner.spec, batch)
-        size = inputs["image"].shape[0]
-        connection.send(("ok", (runner.name, size, time.perf_counter() - start)))
-        while True:
-            command = connection.recv()
-            if command == "peak":
-                connection.send(("ok", _peak_mib()))
-                continue
-            start = time.perf_counter()
-            runner.run(inputs)
-            connection.send(("ok", time.perf_counter() - start))
+        with open_runner(model, threads=threads) as runner:
+            inputs = example_inputs(runner.spec, batch)
+            size = inputs["image"].shape[0]
+            connection.send(("ok", (runner.name, size, time.perf_counter() - start)))
+            while True:
+                command = connection.recv()
+                if command == "peak":
+                    connection.send(("ok", _peak_mib()))
+                    continue
+                start = time.perf_counter()
+                runner.run(inputs)
+                connection.send(("ok", time.perf_counter() - start))
     except EOFError:
         pass  # the parent is done
     except UserError as error:

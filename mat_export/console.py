@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["err", "note", "out", "show_facts", "show_table", "tracker"]
 
@@ -45,7 +46,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         figures = i > 0 and all(cell[:1] in "0123456789–∞." for cell in cells)
         table.add_column(column, justify="right" if figures else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets are themselves, not markup
     out().print(table)
 
 
@@ -55,7 +56,7 @@ def show_facts(facts: dict[str, str]) -> None:
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     for name, value in facts.items():
-        grid.add_row(name, value)
+        grid.add_row(name, Text(value))
     out().print(grid)
 
 

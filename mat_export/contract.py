@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mat_torch.config import GeneratorConfig
+from mat_torch.config import ConfigError, GeneratorConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "METADATA_KEY",
     "OPERATOR_DOMAIN",
+    "STATE_PREFIX",
     "GraphSpec",
     "TensorSpec",
     "UserError",
+    "axes_of_size",
+    "check_inputs",
     "mask_state_names",
 ]
 
@@ -27,6 +33,10 @@ METADATA_KEY = "mat.graph"
 
 OPERATOR_DOMAIN = "mat"
 """ONNX domain of the custom operators, which is also their plugin namespace."""
+
+STATE_PREFIX = "mask_state/"
+"""How the names of mask states begin: tensors in a graph, and outputs of a runner that gives them
+beside those of its specification."""
 
 FORMAT = 1
 """Version of the contract; a file of another version is refused."""
@@ -219,3 +229,64 @@ def mask_state_names(config: GeneratorConfig) -> tuple[str, ...]:
         "tran.1.downsample",
         *(f"tran.1.blocks.{j}" for j in range(config.depths[1])),
     )
+
+
+# -- holding arrays against it ---------------------------------------------------------------------
+
+
+def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
+    """Hold inputs, by name, against a specification: names, types, shapes, and no axis empty.
+
+    Axes of one name must agree among the inputs, and those that follow from the image's size must
+    follow it.
+
+    Raises:
+        UserError: With the input, what it is and what it has to be.
+    """
+    expected = {tensor.name: tensor for tensor in spec.inputs}
+    for missing in (name for name in expected if name not in inputs):
+        raise UserError(f"input '{missing}' is missing; the model takes {', '.join(expected)}")
+    for unknown in (name for name in inputs if name not in expected):
+        raise UserError(f"the model has no input '{unknown}'; it takes {', '.join(expected)}")
+    axes: dict[str, int] = {}
+    for name, tensor in expected.items():
+        array = inputs[name]
+        fits = array.ndim == len(tensor.shape) and all(
+            size >= 1 and size == (axis if isinstance(axis, int) else axes.setdefault(axis, size))
+            for axis, size in zip(tensor.shape, array.shape, strict=True)
+        )
+        if not fits or str(array.dtype) != tensor.dtype:
+            wanted = ", ".join(str(axes.get(str(axis), axis)) for axis in tensor.shape)
+            raise UserError(
+                f"input '{name}' is {array.dtype} {list(array.shape)}, "
+                f"the model takes {tensor.dtype} [{wanted}]"
+            )
+        if name == "image" and spec.dynamic_size:
+            axes |= axes_of_size(spec.config, axes["height"], axes["width"])
+
+
+def axes_of_size(config: GeneratorConfig, height: int, width: int) -> dict[str, int]:
+    """Length of every other axis that follows from the size of the image, by the axis's name.
+
+    Args:
+        config: The network.
+        height: Height of the image in pixels, a multiple of ``config.resolution``.
+        width: Likewise.
+
+    Returns:
+        ``tokens``, ``grid_height``, ``grid_width``, and ``height_R`` and ``width_R`` for each
+        native side R of a noise map.
+
+    Raises:
+        UserError: If the network takes no image of that size.
+    """
+    try:
+        config.check_size(height, width)
+    except ConfigError as error:
+        raise UserError(str(error)) from error
+    h, w = config.bottleneck_grid(height, width)
+    axes = {"tokens": h * w, "grid_height": h, "grid_width": w}
+    for side in config.noise_resolutions.values():
+        axes[f"height_{side}"] = side * height // config.resolution
+        axes[f"width_{side}"] = side * width // config.resolution
+    return axes

@@ -216,7 +216,7 @@ class Conv(nn.Module):
         self.stride = layer.down
         if layer.up == 2:
             self.subpixel = SubpixelConv(weight)
-            bias = None if bias is None else bias[:, None, None]  # added to a feature map
+            bias = None if bias is None else bias[None, :, None, None]  # for a feature map
         else:
             self.register_buffer("weight", _constant(weight))
         self.register_buffer("bias", None if bias is None else _constant(bias))
@@ -435,7 +435,7 @@ class StyleBank(nn.Module):
         The scale is s/m [B, in, 1, 1]. The factor is what the result is multiplied by: for a
         demodulated layer [B, out, 1, 1] with lrelu's √2 in it, else m itself [B, 1, 1, 1].
         """
-        results = {}
+        results: dict[int, tuple[Tensor, Tensor]] = {}
         for members, group in zip(self._members, self.groups, strict=True):
             results.update(zip(members, group(style), strict=True))
         return [results[i] for i in range(len(results))]
@@ -443,6 +443,8 @@ class StyleBank(nn.Module):
 
 class StyleConv(nn.Module):
     """``leaky_relu(conv(x·scale)·factor + noise + bias)`` with constant weights.
+
+    The bias has four axes like a map: broadcast by a reshape, TensorRT 8.6 does not fuse its sum.
 
     Args:
         layer: The training layer.
@@ -461,7 +463,7 @@ class StyleConv(nn.Module):
             self.subpixel = SubpixelConv(weight)
         else:
             self.register_buffer("weight", _constant(weight))
-        self.register_buffer("bias", _constant(layer.bias[:, None, None] * _SQRT2))
+        self.register_buffer("bias", _constant(layer.bias[None, :, None, None] * _SQRT2))
         self.noise: ConstantNoise | InputNoise | None = None
         if layer.noise_strength is not None and layer.noise_const is not None:
             strength = layer.noise_strength * _SQRT2
@@ -523,7 +525,7 @@ class ToRGB(nn.Module):
         self.register_buffer("weight", _constant(layer.conv.weight[0] * layer.conv.weight_gain))
         self.upsample: ImageUpsample | None = None
         if first:
-            self.register_buffer("bias", _constant(layer.bias[:, None, None]))
+            self.register_buffer("bias", _constant(layer.bias[None, :, None, None]))
         else:
             self.upsample = ImageUpsample(bias=layer.bias)  # one addition less
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mat_export.contract import GraphSpec, UserError
-from mat_export.manifest import package_version, read_manifest
+from mat_export.manifest import manifest_path, package_version, read_manifest
+from mat_export.openers import OPENERS
 
 __all__ = ["Check", "describe", "examine"]
 
@@ -20,7 +21,7 @@ Facts = dict[str, str]
 
 
 def describe(path: str | os.PathLike[str]) -> Facts:
-    """Facts about any file we read: an ONNX model, a manifest, a checkpoint or a picture.
+    """Facts about any file we read: ONNX model, engine, manifest, checkpoint or picture.
 
     Raises:
         UserError: If it is none of these, or unreadable.
@@ -33,6 +34,8 @@ def describe(path: str | os.PathLike[str]) -> Facts:
         facts = _describe_onnx(file)
     elif suffix == ".json":
         facts = _describe_manifest(file)
+    elif suffix in OPENERS:
+        facts = _describe_engine(file)
     elif suffix in _pictures():
         facts = _describe_picture(file)
     else:
@@ -81,6 +84,16 @@ def _describe_graph(spec: GraphSpec) -> Facts:
     }
 
 
+def _describe_engine(file: Path) -> Facts:
+    """A file of a registered type, by its manifest, which has to be its own."""
+    if read_manifest(file) is None:
+        raise UserError(
+            f"'{file}' has no manifest '{manifest_path(file).name}' beside it, which says what "
+            "it is: bring both, or build it again"
+        )
+    return {**_describe_manifest(manifest_path(file)), "kind": "engine", "manifest": "matches"}
+
+
 def _describe_manifest(file: Path) -> Facts:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -95,9 +108,28 @@ def _describe_manifest(file: Path) -> Facts:
         "sha256": str(entries["sha256"]),
         "versions": ", ".join(f"{k} {v}" for k, v in entries["versions"].items()),
     }
+    facts |= _describe_build(entries)
     if "graph" in entries:
         facts.update(_describe_graph(GraphSpec.from_json(json.dumps(entries["graph"]))))
     return facts
+
+
+def _describe_build(entries: dict[str, Any]) -> Facts:
+    """What an engine's manifest says besides its graph."""
+    if entries.get("kind") != "engine":
+        return {}
+    request, facts = entries.get("request") or {}, {}
+    facts["built by"] = f"{request.get('backend')} {request.get('version')}"
+    options = request.get("options") or {}
+    gpu = (entries.get("gpu") or {}).get("name") if options.get("target") is None else None
+    facts["for"] = str(options.get("target") or gpu or "several GPUs")
+    if entries.get("layers"):
+        layers = entries["layers"]
+        kinds = ", ".join(f"{name} ×{n}" for name, n in layers.get("by_precision", {}).items())
+        facts["layers"] = f"{layers.get('layers')} ({kinds})"
+    parity = entries.get("parity")
+    words = "not checked" if parity is None else "passed" if parity.get("passed") else "FAILED"
+    return {**facts, "parity": words, "command": " ".join(map(str, entries.get("command", [])))}
 
 
 def _pictures() -> set[str]:
@@ -163,14 +195,7 @@ def examine() -> list[Check]:
         _examine_torch(),
         _examine_cuda(),
         _examine_exporter(),
-        *(_examine_optional(name, why) for name, why in _TENSORRT),
     ]
-
-
-_TENSORRT = (
-    ("tensorrt", "builds engines on NVIDIA GPUs"),
-    ("tensorrt_rtx", "builds engines for RTX GPUs, on any machine"),
-)
 
 
 def _memory() -> str:
@@ -243,12 +268,6 @@ def _examine_exporter() -> Check:
         return Check("ONNX export", None, detail)
     reason = _broken("mat_export.export")
     return Check("ONNX export", reason is None, reason or _version("onnxscript"))
-
-
-def _examine_optional(module: str, why: str) -> Check:
-    if importlib.util.find_spec(module) is None:
-        return Check(module, None, f"not installed; {why}")
-    return Check(module, None, f"{_version(module)} is installed; not used by this release")
 
 
 def _version(module: str) -> str:

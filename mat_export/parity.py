@@ -21,9 +21,12 @@ import onnx
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from mat_export.contract import GraphSpec, UserError, mask_state_names
+from mat_export.contract import STATE_PREFIX, GraphSpec, UserError, mask_state_names
+from mat_export.files import file_digest
+from mat_export.openers import opener_of
 from mat_export.pixels import from_unit, to_unit
-from mat_export.runners import OrtRunner, Runner, TorchRunner, read_checkpoint
+from mat_export.recording import SUFFIX, RecordedRunner, RecordingRunner
+from mat_export.runners import OrtRunner, Runner, TorchRunner, open_runner, read_checkpoint
 from mat_export.suite import Case, cases
 from mat_torch.sampling import draw
 
@@ -41,14 +44,13 @@ __all__ = [
     "load_onnx",
     "open_candidate",
     "open_reference",
+    "with_mask_states",
 ]
 
 Array = NDArray[Any]
 
 RING = 8
 """Width of the ring around the hole's edge, in pixels to either side."""
-
-_STATE = "mask_state/"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,15 @@ so what counts is that no value is off by more, and that fewer than 1 in 150 are
 
 
 def bar_of(spec: GraphSpec) -> Bar:
-    """The bar for a candidate."""
+    """The bar for a candidate.
+
+    Raises:
+        UserError: If its precision has none.
+    """
+    if spec.precision not in BARS:
+        raise UserError(
+            f"there is no bar for precision '{spec.precision}', only for {', '.join(BARS)}"
+        )
     if spec.io == "uint8" and spec.precision in ("fp32", "tf32"):
         return EIGHT_BIT_BAR
     return BARS[spec.precision]
@@ -122,7 +132,7 @@ class CaseResult:
         ring: Error within RING pixels of the hole's edge, on both sides.
         kept_exact: Whether kept pixels are equal to the last bit.
         finite: Whether the candidate gave no NaN and no infinity.
-        masks: Number of mask states compared.
+        masks: Number of mask states compared; 0 means that they were not checked.
         wrong_masks: Those that differ or are missing, by layer.
         failures: Why the case failed, in words; empty if it passed.
     """
@@ -141,6 +151,13 @@ class CaseResult:
         """Whether nothing failed."""
         return not self.failures
 
+    @property
+    def masks_in_words(self) -> str:
+        """How many mask states are equal, or that they were not checked, for a table."""
+        if not self.masks:
+            return "not checked"
+        return f"{self.masks - len(self.wrong_masks)} of {self.masks}"
+
 
 @dataclass(frozen=True)
 class ParityReport:
@@ -152,6 +169,7 @@ class ParityReport:
         precision: The candidate's precision, which sets the bar.
         bar: What it had to reach.
         cases: What came of each case.
+        unchecked: What was not compared and so is not proven, with the reason, in words.
         pictures: Case, reference and candidate [3, H, W] by the case's name, if they were kept.
     """
 
@@ -160,11 +178,15 @@ class ParityReport:
     precision: str
     bar: Bar
     cases: tuple[CaseResult, ...]
+    unchecked: tuple[str, ...] = ()
     pictures: Mapping[str, tuple[Case, Array, Array]] = field(repr=False, default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether every case passed, and something was compared at all."""
+        """Whether every case passed, and something was compared at all.
+
+        It says nothing of what is ``unchecked``.
+        """
         compared = any(case.hole.pixels for case in self.cases)
         return compared and all(case.passed for case in self.cases)
 
@@ -174,6 +196,7 @@ class ParityReport:
         del entries["pictures"]
         entries["passed"] = self.passed
         for case in entries["cases"]:
+            case["masks_checked"] = case["masks"] > 0
             for region in ("hole", "ring"):
                 if case[region]["psnr"] is not None and math.isinf(case[region]["psnr"]):
                     case[region]["psnr"] = "inf"
@@ -189,6 +212,10 @@ def check_parity(
     keep_pictures: bool = False,
 ) -> ParityReport:
     """Run candidate and reference over the suite and compare.
+
+    A candidate in ONNX Runtime or PyTorch has to give its mask states. One of another kind may give
+    none, since they cannot be added to a built engine; they then count as unchecked. Some of them
+    missing is a failure in any case.
 
     Args:
         candidate: What is judged, by the bar of its own precision.
@@ -209,12 +236,18 @@ def check_parity(
     bar = bar_of(candidate.spec)
     chosen = list(suite) if suite is not None else _default_suite(candidate.spec)
     batch = candidate.spec.batch or reference.spec.batch or 2
-    results, pictures = [], {}
+    masks_due = isinstance(candidate, OrtRunner | TorchRunner)
+    results, pictures, unchecked = [], {}, dict[str, None]()
     for i, case in enumerate(chosen):
         progress(case.name, i, len(chosen))
         expected, states = _run(reference, case, candidate.spec, batch)
         actual, seen = _run(candidate, case, candidate.spec, batch)
-        results.append(_judge(case, expected, actual, states, seen, bar))
+        masks_checked = masks_due or bool(seen)
+        if not masks_checked:
+            unchecked["mask states: the candidate gives none"] = None
+        for name in actual.keys() - expected.keys():
+            unchecked[f"{name}: the reference gives none"] = None
+        results.append(_judge(case, expected, actual, states if masks_checked else None, seen, bar))
         if keep_pictures:
             pictures[case.name] = (case, expected["output"][0], actual["output"][0])
     progress("done", len(chosen), len(chosen))
@@ -224,6 +257,7 @@ def check_parity(
         precision=candidate.spec.precision,
         bar=bar,
         cases=tuple(results),
+        unchecked=tuple(unchecked),
         pictures=pictures,
     )
 
@@ -271,9 +305,9 @@ def _run(
             pixels = values if spec.io == "uint8" else from_unit(values)
             images[name] = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(127.5) - 1
     states = {
-        name.removeprefix(_STATE): np.asarray(value) > 0.5
+        name.removeprefix(STATE_PREFIX): np.asarray(value) > 0.5
         for name, value in results.items()
-        if name.startswith(_STATE)
+        if name.startswith(STATE_PREFIX)
     }
     return images, states
 
@@ -282,11 +316,11 @@ def _judge(
     case: Case,
     expected: Mapping[str, Array],
     actual: Mapping[str, Array],
-    states: Mapping[str, Array],
+    states: Mapping[str, Array] | None,
     seen: Mapping[str, Array],
     bar: Bar,
 ) -> CaseResult:
-    """Compare one case's results."""
+    """Compare one case's results; no `states` means that masks are not checked."""
     hole, ring = ~case.keep, _ring(case.keep)
     compared = [name for name in actual if name in expected]
     finite = all(bool(np.isfinite(actual[name]).all()) for name in compared)
@@ -303,7 +337,7 @@ def _judge(
         judged["coarse, hole"] = compare(expected["coarse"], actual["coarse"], hole)
     wrong = tuple(
         name
-        for name, state in states.items()
+        for name, state in (states or {}).items()
         if name not in seen or not np.array_equal(state, seen[name])
     )
     failures = [] if finite else ["the candidate gave NaN or infinity"]
@@ -316,7 +350,7 @@ def _judge(
     ]
     if wrong:
         failures.append(f"mask states differ or are missing: {', '.join(wrong)}")
-    if not states:
+    if states is not None and not states:
         failures.append("the reference gave no mask states to compare")
     return CaseResult(
         name=case.name,
@@ -324,7 +358,7 @@ def _judge(
         ring=errors["ring"],
         kept_exact=kept_exact,
         finite=finite,
-        masks=len(states),
+        masks=len(states or ()),
         wrong_masks=wrong,
         failures=tuple(failures),
     )
@@ -352,7 +386,7 @@ def compare(expected: Array, actual: Array, region: Array) -> RegionError:
         region: Bool [H, W].
 
     The PSNR's range is 2, that of [-1, 1], or the peak-to-peak of the expected values where
-    untrained weights exceed it.
+    untrained weights exceed it; it is NaN where a value is not finite.
     """
     pixels = int(region.sum())
     if pixels == 0:
@@ -362,12 +396,17 @@ def compare(expected: Array, actual: Array, region: Array) -> RegionError:
     norm = float(np.linalg.norm(r))
     error = float(np.linalg.norm(difference))
     mse = float(np.square(difference).mean())
-    span = max(2.0, float(np.ptp(r)))
+    if mse == 0.0:
+        psnr = math.inf
+    elif math.isfinite(mse):
+        psnr = 10.0 * math.log10(max(2.0, float(np.ptp(r))) ** 2 / mse)
+    else:
+        psnr = math.nan
     return RegionError(
         pixels=pixels,
         relative=error / norm if norm else (0.0 if error == 0.0 else math.inf),
         largest=float(np.abs(difference).max()),
-        psnr=math.inf if mse == 0.0 else 10.0 * math.log10(span**2 / mse),
+        psnr=psnr,
     )
 
 
@@ -394,7 +433,7 @@ class _TorchReference(TorchRunner):
         states = self._model.mask_states(torch.from_numpy(inputs["mask"]).to(self._device))
         results.update(
             {
-                f"{_STATE}{name}": states[name].cpu().numpy()
+                f"{STATE_PREFIX}{name}": states[name].cpu().numpy()
                 for name in mask_state_names(self.spec.config)
             }
         )
@@ -402,10 +441,24 @@ class _TorchReference(TorchRunner):
 
 
 def open_candidate(path: str | os.PathLike[str], *, threads: int | None = None) -> Runner:
-    """The runner of a model under judgement, its mask states among the outputs."""
+    """The runner of a model under judgement, its mask states among the outputs.
+
+    A file type of ``openers`` gives those that it was built with.
+
+    Raises:
+        UserError: If there is no such file or no runner reads it.
+    """
     if Path(path).suffix.lower() == ".onnx":
-        return OrtRunner(with_mask_states(path), threads=threads, label=f"'{path}'")
+        return _open_onnx(path, threads)
+    if opener_of(path) is not None:
+        return open_runner(path, threads=threads)
     return _open_checkpoint(path, None, threads)
+
+
+def _open_onnx(path: str | os.PathLike[str], threads: int | None) -> Runner:
+    """An ONNX file with its mask states among the outputs, half tensors stored as on a GPU."""
+    model = with_mask_states(path)
+    return OrtRunner(model, threads=threads, label=f"'{path}'", stored_half=True)
 
 
 def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -433,9 +486,10 @@ def with_mask_states(path: str | os.PathLike[str]) -> bytes:
     """
     model = load_onnx(path)
     made = {output for node in model.graph.node for output in node.output}
+    given = {output.name for output in model.graph.output}
     known = {info.name: info for info in model.graph.value_info}
-    for name in sorted(made):
-        if name.startswith(_STATE):
+    for name in sorted(made - given):
+        if name.startswith(STATE_PREFIX):
             model.graph.output.append(known.get(name) or onnx.ValueInfoProto(name=name))
     data: bytes = model.SerializeToString()
     return data
@@ -446,25 +500,47 @@ def open_reference(
     path: str | os.PathLike[str] | None = None,
     *,
     near: str | os.PathLike[str] | None = None,
+    record: str | os.PathLike[str] | None = None,
     threads: int | None = None,
 ) -> Runner:
     """What to hold a candidate against.
 
     Args:
         candidate: The candidate's specification.
-        path: A checkpoint or ONNX file; by default the weights that the candidate was made of,
-            drawn again if they were random, else looked for beside it.
+        path: A checkpoint, ONNX file or recording; by default the weights that the candidate was
+            made of, drawn again if they were random, else looked for beside it.
         near: The candidate's own path.
+        record: An ``.npz`` to write the reference's answers to, when the runner is closed.
         threads: CPU threads.
 
     Raises:
-        UserError: If there is no reference, or it has other weights than the candidate names.
+        UserError: If there is no reference, it has other weights than the candidate names, or the
+            recording cannot be written.
     """
-    spec = candidate.with_changes(io="float", batch=None)
+    found = _find_reference(candidate, path, near, threads)
+    if record is None:
+        return found
+    digest = file_digest(path) if path is not None else ""
+    try:
+        return RecordingRunner(found, record, digest=digest)
+    except UserError:
+        found.close()
+        raise
+
+
+def _find_reference(
+    candidate: GraphSpec,
+    path: str | os.PathLike[str] | None,
+    near: str | os.PathLike[str] | None,
+    threads: int | None,
+) -> Runner:
+    spec = candidate.with_changes(io="float", batch=None, precision="fp32")
     if path is not None and near is not None and _same(path, near):
         raise UserError(f"'{path}' is candidate and reference: name another reference")
     if path is not None and Path(path).suffix.lower() == ".onnx":
-        return OrtRunner(with_mask_states(path), threads=threads, label=f"'{path}'")
+        return _open_onnx(path, threads)
+    if path is not None and Path(path).suffix.lower() == SUFFIX:
+        return _open_recording(path, candidate)
     if path is not None:
         return _open_checkpoint(path, spec, threads)
     drawn = re.fullmatch(r"(\S+), random weights, seed (\d+)", candidate.source)
@@ -496,9 +572,30 @@ def _open_checkpoint(
     path: str | os.PathLike[str], spec: GraphSpec | None, threads: int | None
 ) -> Runner:
     checkpoint = read_checkpoint(path)
-    if spec is not None and spec.checkpoint and spec.checkpoint != checkpoint.digest:
-        raise UserError(
-            f"'{path}' does not hold the candidate's weights: digest {checkpoint.digest[:12]} "
-            f"against {spec.checkpoint[:12]}; name the right one with --reference"
-        )
+    if spec is not None:
+        _require_weights(path, checkpoint.digest, spec)
     return _TorchReference(checkpoint, spec=spec, threads=threads)
+
+
+def _open_recording(path: str | os.PathLike[str], candidate: GraphSpec) -> Runner:
+    recorded = RecordedRunner(path)
+    try:
+        _require_weights(path, recorded.spec.checkpoint, candidate)
+        if recorded.spec.noise != candidate.noise:
+            raise UserError(
+                f"'{path}' was recorded with --noise {recorded.spec.noise} and the candidate has "
+                f"--noise {candidate.noise}: record the reference for this candidate"
+            )
+    except UserError:
+        recorded.close()
+        raise
+    return recorded
+
+
+def _require_weights(path: str | os.PathLike[str], digest: str, candidate: GraphSpec) -> None:
+    """Raise UserError if a reference is of other weights than the candidate names."""
+    if candidate.checkpoint and digest != candidate.checkpoint:
+        raise UserError(
+            f"'{path}' does not hold the candidate's weights: digest {digest[:12]} "
+            f"against {candidate.checkpoint[:12]}; name the right one with --reference"
+        )

@@ -1,4 +1,7 @@
-"""One self-contained HTML page of a parity check: the pictures side by side, the errors plotted."""
+"""One self-contained HTML page of a parity check: the pictures side by side, the errors plotted.
+
+Its parts (`STYLE`, `figure`, `picture_of`) serve other pages too.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from PIL import Image
 
 from mat_export.files import atomic_write, require_folder
 from mat_export.parity import CaseResult, ParityReport, RegionError
+from mat_export.suite import Case
 
-__all__ = ["render", "write_report"]
+__all__ = ["STYLE", "figure", "picture_of", "render", "with_grey_hole", "write_report"]
 
 _SHOWN = 256
 """Largest side of a picture on the page, in pixels."""
@@ -42,15 +46,24 @@ def render(report: ParityReport) -> str:
     rows = "".join(_row(case) for case in report.cases)
     pictures = "".join(_pictures(report, case) for case in report.cases)
     return _PAGE.format(
+        style=STYLE,
         verdict=verdict,
         candidate=html.escape(report.candidate),
         reference=html.escape(report.reference),
         precision=html.escape(report.precision),
         bar=html.escape(str(report.bar)),
+        unchecked=_unchecked(report),
         rows=rows,
         plot=_plot(report),
         pictures=pictures,
     )
+
+
+def _unchecked(report: ParityReport) -> str:
+    """What the verdict does not cover, or nothing."""
+    if not report.unchecked:
+        return ""
+    return f'<p class="failed">Not checked: {html.escape("; ".join(report.unchecked))}.</p>'
 
 
 def _row(case: CaseResult) -> str:
@@ -58,7 +71,7 @@ def _row(case: CaseResult) -> str:
         html.escape(case.name),
         *(_figure(error, name) for error in (case.hole, case.ring) for name in _FIGURES),
         "equal" if case.kept_exact else "differ",
-        f"{case.masks - len(case.wrong_masks)} of {case.masks}",
+        case.masks_in_words,
         "passed" if case.passed else html.escape("; ".join(case.failures)),
     ]
     kind = "good" if case.passed else "bad"
@@ -134,23 +147,34 @@ def _pictures(report: ParityReport, case: CaseResult) -> str:
     gain = 1.0 / largest if largest > 0 else 1.0
     amplified = np.nan_to_num(difference * gain, nan=1.0, posinf=1.0) * 2.0 - 1.0
     figures = (
-        ("input, its hole grey", np.where(source.keep[..., None], source.image, _HOLE_GREY)),
-        ("reference", _pixels(expected)),
-        ("candidate", _pixels(actual)),
-        (f"difference ×{gain:.2g}" if largest else "difference: none", _pixels(amplified)),
+        figure("input, its hole grey", with_grey_hole(source)),
+        figure("reference", picture_of(expected)),
+        figure("candidate", picture_of(actual)),
+        figure(f"difference ×{gain:.2g}" if largest else "difference: none", picture_of(amplified)),
     )
-    cells = "".join(
-        f'<figure><img alt="{name}" src="{_data_uri(pixels)}"><figcaption>{name}</figcaption>'
-        "</figure>"
-        for name, pixels in figures
-    )
+    cells = "".join(figures)
     return f"<h3>{html.escape(case.name)}</h3><div class='row'>{cells}</div>\n"
 
 
 _HOLE_GREY = np.uint8(128)
 
 
-def _pixels(x: NDArray[Any]) -> NDArray[np.uint8]:
+def with_grey_hole(case: Case) -> NDArray[np.uint8]:
+    """A case's photograph [H, W, 3], its hole in grey."""
+    shown: NDArray[np.uint8] = np.where(case.keep[..., None], case.image, _HOLE_GREY)
+    return shown
+
+
+def figure(caption: str, pixels: NDArray[np.uint8]) -> str:
+    """A picture [H, W, 3] and what is written under it, as HTML; the caption is plain text."""
+    text = html.escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="{_data_uri(pixels)}"><figcaption>{text}</figcaption>'
+        "</figure>"
+    )
+
+
+def picture_of(x: NDArray[Any]) -> NDArray[np.uint8]:
     """[3, H, W] in [-1, 1] → [H, W, 3] uint8; what is not finite is a black and white check."""
     bad = ~np.isfinite(x).all(axis=0)
     values = np.clip(np.nan_to_num(x, posinf=1.0, neginf=-1.0) * 127.5 + 127.5, 0, 255)
@@ -168,33 +192,37 @@ def _data_uri(pixels: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+STYLE = """:root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1;
+  --good: #157347; --bad: #b42318; --hole: #1d4ed8; --ring: #d97706; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --paper: #14181e; --line: #38414d;
+  --good: #4ade80; --bad: #f87171; --hole: #7aa2ff; --ring: #fbbf24; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
+.passed { color: var(--good); } .failed { color: var(--bad); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
+tr.good td:last-child { color: var(--good); } tr.bad td:last-child { color: var(--bad); }
+.scroll { overflow-x: auto; }
+svg { width: 100%; max-width: 760px; } svg text { fill: var(--ink); font-size: 12px; }
+.grid { stroke: var(--line); } .bar { stroke: var(--bad); stroke-dasharray: 5 4; }
+ .hole { fill: var(--hole); } .ring { fill: var(--ring); }
+.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; }
+figure { margin: 0; } img { width: 100%; image-rendering: auto; }
+figcaption { font-size: 13px; } .key b { font-size: 18px; }
+"""
+"""The style sheet of our pages, for light and dark screens."""
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Parity: {verdict}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root {{ color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1;
-  --good: #157347; --bad: #b42318; --hole: #1d4ed8; --ring: #d97706; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e9ee; --paper: #14181e; --line: #38414d;
-  --good: #4ade80; --bad: #f87171; --hole: #7aa2ff; --ring: #fbbf24; }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }}
-.passed {{ color: var(--good); }} .failed {{ color: var(--bad); }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }}
-th, td {{ text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }}
-th:first-child, td:first-child, td:last-child, th:last-child {{ text-align: left; }}
-tr.good td:last-child {{ color: var(--good); }} tr.bad td:last-child {{ color: var(--bad); }}
-.scroll {{ overflow-x: auto; }}
-svg {{ width: 100%; max-width: 760px; }} svg text {{ fill: var(--ink); font-size: 12px; }}
-.grid {{ stroke: var(--line); }} .bar {{ stroke: var(--bad); stroke-dasharray: 5 4; }}
- .hole {{ fill: var(--hole); }} .ring {{ fill: var(--ring); }}
-.row {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; }}
-figure {{ margin: 0; }} img {{ width: 100%; image-rendering: auto; }}
-figcaption {{ font-size: 13px; }} .key b {{ font-size: 18px; }}
-</style></head><body>
+{style}</style></head><body>
 <h1>Parity <span class="{verdict}">{verdict}</span></h1>
 <p>Candidate: {candidate} ({precision}). Reference: {reference}.<br>
 Bar in the hole and in the ring of 8 pixels around its edge: {bar}. Kept pixels and every
 mask that reaches the output must be equal.</p>
+{unchecked}
 <div class="scroll"><table>
 <thead><tr><th rowspan="2">case</th><th colspan="3">hole</th><th colspan="3">ring</th>
 <th rowspan="2">kept</th><th rowspan="2">masks equal</th><th rowspan="2">verdict</th></tr>

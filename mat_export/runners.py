@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,19 +16,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mat_export.contract import GraphSpec, UserError
-from mat_torch.config import ConfigError, GeneratorConfig
+from mat_export.contract import GraphSpec, UserError, check_inputs
+from mat_export.openers import opener_of
 
 if TYPE_CHECKING:
+    import onnx
+
     from mat_torch.checkpoint import Checkpoint
 
 __all__ = [
+    "Closing",
     "OrtRunner",
     "Runner",
     "TorchRunner",
-    "check_inputs",
+    "hold_half",
     "open_runner",
     "read_checkpoint",
+    "reason_of",
 ]
 
 Arrays = dict[str, NDArray[Any]]
@@ -64,10 +69,11 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-class _Closing:
+class Closing:
     """What every runner shares: leaving its context closes it."""
 
     def close(self) -> None:
+        """Release the model; running afterwards is an error, closing again is nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:
@@ -82,49 +88,7 @@ class _Closing:
         self.close()
 
 
-def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
-    """Hold the inputs against the specification; axes of one name must agree.
-
-    Raises:
-        UserError: With the input, what it is and what it has to be.
-    """
-    expected = {tensor.name: tensor for tensor in spec.inputs}
-    for missing in (name for name in expected if name not in inputs):
-        raise UserError(f"input '{missing}' is missing; the model takes {', '.join(expected)}")
-    for unknown in (name for name in inputs if name not in expected):
-        raise UserError(f"the model has no input '{unknown}'; it takes {', '.join(expected)}")
-    axes: dict[str, int] = {}
-    for name, tensor in expected.items():
-        array = inputs[name]
-        fits = array.ndim == len(tensor.shape) and all(
-            size >= 1 and size == (axis if isinstance(axis, int) else axes.setdefault(axis, size))
-            for axis, size in zip(tensor.shape, array.shape, strict=True)
-        )
-        if not fits or str(array.dtype) != tensor.dtype:
-            wanted = ", ".join(str(axes.get(str(axis), axis)) for axis in tensor.shape)
-            raise UserError(
-                f"input '{name}' is {array.dtype} {list(array.shape)}, "
-                f"the model takes {tensor.dtype} [{wanted}]"
-            )
-        if name == "image" and spec.dynamic_size:
-            axes |= _axes_of_size(spec.config, axes["height"], axes["width"])
-
-
-def _axes_of_size(config: GeneratorConfig, height: int, width: int) -> dict[str, int]:
-    """Every axis that follows from the size of the image."""
-    try:
-        config.check_size(height, width)
-    except ConfigError as error:
-        raise UserError(str(error)) from error
-    h, w = config.bottleneck_grid(height, width)
-    axes = {"tokens": h * w, "grid_height": h, "grid_width": w}
-    for side in config.noise_resolutions.values():
-        axes[f"height_{side}"] = side * height // config.resolution
-        axes[f"width_{side}"] = side * width // config.resolution
-    return axes
-
-
-class TorchRunner(_Closing):
+class TorchRunner(Closing):
     """The reference model in PyTorch, eager, FP32.
 
     Args:
@@ -184,7 +148,7 @@ class TorchRunner(_Closing):
         self._model = None
 
 
-class OrtRunner(_Closing):
+class OrtRunner(Closing):
     """An exported model in ONNX Runtime: CUDA where onnxruntime-gpu offers it, else the CPU.
 
     Args:
@@ -193,6 +157,8 @@ class OrtRunner(_Closing):
         threads: CPU threads within an operator, ONNX Runtime's choice if None.
         spec: Contract to follow; by default the one in the file's metadata.
         label: What to call the model in messages; by default its path.
+        stored_half: On the CPU, store every half tensor in half as a GPU does (see ``hold_half``):
+            to judge a model rather than to use it, since optimizations are then off.
 
     Raises:
         UserError: If there is no such file, ONNX Runtime cannot load it, or it has no contract.
@@ -206,6 +172,7 @@ class OrtRunner(_Closing):
         threads: int | None = None,
         spec: GraphSpec | None = None,
         label: str | None = None,
+        stored_half: bool = False,
     ) -> None:
         import onnxruntime as ort
 
@@ -216,10 +183,16 @@ class OrtRunner(_Closing):
         if threads is not None:
             options.intra_op_num_threads = threads
         chosen = list(providers) if providers else _providers(ort.get_available_providers())
+        held = _held(source, self._label) if stored_half and chosen[0] == _CPU else None
+        if held is not None:
+            source = held
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session: Any = ort.InferenceSession(source, options, providers=chosen)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-            raise UserError(f"ONNX Runtime cannot load {self._label}: {_reason(error)}") from error
+            raise UserError(
+                f"ONNX Runtime cannot load {self._label}: {reason_of(error)}"
+            ) from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         found = spec or GraphSpec.from_metadata(metadata)
         if found is None:
@@ -232,6 +205,8 @@ class OrtRunner(_Closing):
         self._outputs = [output.name for output in self._session.get_outputs()]
         kind = self.providers[0].removesuffix("ExecutionProvider")
         self.name = f"ONNX Runtime {ort.__version__}, {kind}"
+        if held is not None:
+            self.name += ", half tensors stored in half"
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         if self._session is None:
@@ -242,22 +217,81 @@ class OrtRunner(_Closing):
         try:
             results = self._session.run(self._outputs, feed)
         except Exception as error:  # as above
-            raise UserError(f"ONNX Runtime cannot run {self._label}: {_reason(error)}") from error
+            raise UserError(f"ONNX Runtime cannot run {self._label}: {reason_of(error)}") from error
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
         self._session = None
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what ONNX Runtime says."""
+_CPU = "CPUExecutionProvider"
+
+
+def _held(source: str | bytes, label: str) -> bytes | None:
+    """What ``hold_half`` makes of a model, or None if it has no half tensors.
+
+    Raises:
+        UserError: If it is no ONNX model.
+    """
+    import onnx
+
+    try:
+        model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    except Exception as error:  # protobuf's, whichever implementation it has
+        raise UserError(f"ONNX Runtime cannot load {label}: {reason_of(error)}") from error
+    held = hold_half(model)
+    if held is model:
+        return None
+    data: bytes = held.SerializeToString()
+    return data
+
+
+def hold_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with its half tensors held in half, or the model itself if it has none.
+
+    ONNX Runtime's CPU provider computes half operators in FP32 and, between two of them, never
+    rounds to half: what overflows on a GPU passes there unseen. It moves half values as they are,
+    so an Identity makes it store them, as long as its optimizations are off; two in a row, since it
+    turns a lone half node among FP32 ones into FP32.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    inferred = onnx.shape_inference.infer_shapes(model)
+    halves = {
+        info.name
+        for info in (*inferred.graph.value_info, *inferred.graph.output)
+        if info.type.tensor_type.elem_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    }
+    if not halves:
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in result.graph.node:
+        nodes.append(node)
+        for i, name in enumerate(node.output):
+            if name in halves:
+                chain = [f"{name}/computed", f"{name}/rounded", name]
+                node.output[i] = chain[0]
+                nodes += [
+                    helper.make_node("Identity", [one], [other], f"{other}/held")
+                    for one, other in pairwise(chain)
+                ]
+    del result.graph.node[:], result.graph.value_info[:]
+    result.graph.node.extend(nodes)
+    return result
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a library's error says, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _providers(available: Sequence[str]) -> list[str]:
     """CUDA first where it is offered; the CPU always stands behind it."""
     cuda = [p for p in available if p == "CUDAExecutionProvider"]
-    return [*cuda, "CPUExecutionProvider"]
+    return [*cuda, _CPU]
 
 
 def _existing_file(path: str | os.PathLike[str]) -> str:
@@ -267,13 +301,19 @@ def _existing_file(path: str | os.PathLike[str]) -> str:
 
 
 def open_runner(path: str | os.PathLike[str], *, threads: int | None = None) -> Runner:
-    """The runner for a model file: ONNX by ONNX Runtime, anything else as a checkpoint.
+    """The runner for a model file.
+
+    ONNX files run in ONNX Runtime, file types of ``openers`` by theirs, anything else is read as a
+    checkpoint.
 
     Raises:
         UserError: If there is no such file or no runner reads it.
     """
     if Path(path).suffix.lower() == ".onnx":
         return OrtRunner(path, threads=threads)
+    opener = opener_of(path)
+    if opener is not None:
+        return opener(_existing_file(path), threads=threads)
     return TorchRunner(read_checkpoint(path), threads=threads)
 
 

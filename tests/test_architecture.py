@@ -147,7 +147,10 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
         assert f"'{heavy}'" not in done.stdout
 
 
-COMMANDS = ("convert", "onnx", "parity", "bench", "inpaint", "info", "doctor")
+COMMANDS = (
+    *("convert", "onnx", "trt", "refit", "parity", "debug"),
+    *("bench", "inpaint", "info", "doctor"),
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mat_export.contract import GraphSpec
+from mat_export.contract import GraphSpec, check_inputs
 from mat_export.pixels import from_unit, to_unit
-from mat_export.runners import check_inputs
 from mat_torch.config import preset
 
 

@@ -15,6 +15,7 @@ from mat_export.contract import (
     GraphSpec,
     TensorSpec,
     UserError,
+    axes_of_size,
     mask_state_names,
 )
 from mat_export.pixels import KEEP_THRESHOLD, from_unit, to_unit
@@ -91,6 +92,18 @@ def test_a_dynamic_size_names_every_axis_that_follows_from_it() -> None:
     assert shapes(spec.inputs)["gate_bottleneck"] == (1, 160, "grid_height", "grid_width")
     assert shapes(spec.inputs)["noise_64_1"] == (1, 1, "height_64", "width_64")
     assert shapes(spec.outputs) == {"output": (1, 3, "height", "width")}
+
+
+def test_every_named_axis_but_the_batch_follows_from_the_size() -> None:
+    spec = GraphSpec(TINY, dynamic_size=True, noise="input", batch=None)
+    found = axes_of_size(TINY, 256, 768)
+    named = {axis for t in spec.inputs for axis in t.shape if isinstance(axis, str)}
+    assert set(found) == named - {"batch", "height", "width"}
+    assert (found["grid_height"], found["grid_width"], found["tokens"]) == (16, 48, 768)
+    assert (found["height_16"], found["width_16"]) == (16, 48)
+    assert (found["height_256"], found["width_256"]) == (256, 768)
+    with pytest.raises(UserError, match="256"):
+        axes_of_size(TINY, 256, 300)
 
 
 def test_an_octave_more_is_one_mask_more() -> None:

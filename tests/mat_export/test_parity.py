@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from fake_runner import FakeRunner
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from mat_export.contract import GraphSpec, UserError
+from mat_export.contract import GraphSpec, UserError, mask_state_names
 from mat_export.export import build_model
 from mat_export.parity import (
     BARS,
@@ -25,6 +26,7 @@ from mat_export.parity import (
     compare,
     open_candidate,
     open_reference,
+    with_mask_states,
 )
 from mat_export.report import render, write_report
 from mat_export.runners import OrtRunner, Runner
@@ -133,6 +135,27 @@ def test_nan_fails_and_says_so(tiny_onnx: Path, reference: Runner, tmp_path: Pat
     assert "not finite" in render(report)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_value_that_is_not_finite_fails_and_can_be_shown(value: float) -> None:
+    class Broken(Engine):
+        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            results = super().run(inputs)
+            results["output"][:, 1][inputs["mask"][:, 0] == 0] = value
+            return results
+
+    suite = small_suite("random-small")
+    report = check_parity(Broken(10), Engine(10), suite=suite, keep_pictures=True)
+    assert not report.passed
+    assert "the candidate gave NaN or infinity" in report.cases[0].failures
+    assert any("relative error" in text for text in report.cases[0].failures)
+    assert report.cases[0].hole.psnr is not None
+    assert np.isnan(report.cases[0].hole.psnr)
+    assert json.loads(report.to_json())["cases"][0]["finite"] is False
+    assert "<td>nan</td>" in render(report)
+    half = check_parity(Broken(10, precision="fp16"), Engine(10), suite=suite)
+    assert any("PSNR nan dB is under 45 dB" in text for text in half.cases[0].failures)
+
+
 def test_a_wrong_mask_fails_even_where_the_picture_is_equal(
     tiny_onnx: Path, reference: Runner
 ) -> None:
@@ -162,6 +185,69 @@ def test_a_model_without_mask_states_fails(tiny_onnx: Path, reference: Runner) -
         report = check_parity(candidate, reference, suite=small_suite("random-small"))
     assert not report.passed
     assert len(report.cases[0].wrong_masks) == 10
+
+
+class Engine(FakeRunner):
+    """A stand-in for a built engine, which gives the mask states that it was built with."""
+
+    def __init__(self, masks: int, coarse: bool = False, **fields: Any) -> None:
+        super().__init__(coarse=coarse, **fields)
+        self.masks = mask_state_names(self.spec.config)[:masks]
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        results = super().run(inputs)
+        if self.spec.coarse:
+            results["coarse"] = results["output"]
+        valid = inputs["mask"][:, :, ::4, ::4]
+        return {**results, **{f"mask_state/{name}": valid for name in self.masks}}
+
+
+def test_an_engine_without_mask_states_is_judged_and_its_masks_are_not_checked(
+    tmp_path: Path,
+) -> None:
+    suite = small_suite("random-small")
+    report = check_parity(Engine(0), Engine(10), suite=suite, keep_pictures=True)
+    assert report.passed
+    assert report.unchecked == ("mask states: the candidate gives none",)
+    assert report.cases[0].masks_in_words == "not checked"
+    page = write_report(report, tmp_path).read_text(encoding="utf-8")
+    assert "Not checked: mask states: the candidate gives none." in page
+    assert "<td>not checked</td>" in page
+    figures = json.loads((tmp_path / "parity.json").read_text())
+    assert figures["unchecked"] == ["mask states: the candidate gives none"]
+    assert figures["cases"][0]["masks_checked"] is False
+
+
+def test_an_engine_with_mask_states_has_all_of_them_checked() -> None:
+    suite = small_suite("random-small")
+    report = check_parity(Engine(10), Engine(10), suite=suite)
+    assert report.passed
+    assert report.unchecked == ()
+    assert report.cases[0].masks_in_words == "10 of 10"
+    assert json.loads(report.to_json())["cases"][0]["masks_checked"] is True
+    assert "Not checked" not in render(report)
+    some = check_parity(Engine(9), Engine(10), suite=suite)
+    assert some.cases[0].wrong_masks == mask_state_names(preset("mat-tiny-256"))[9:]
+    assert not some.passed
+    assert not check_parity(Engine(10), Engine(0), suite=suite).passed
+
+
+def test_a_coarse_image_that_the_reference_lacks_is_not_checked() -> None:
+    suite = small_suite("random-small")
+    report = check_parity(Engine(10, coarse=True), Engine(10), suite=suite)
+    assert report.unchecked == ("coarse: the reference gives none",)
+    assert check_parity(Engine(10), Engine(10, coarse=True), suite=suite).unchecked == ()
+
+
+def test_the_bar_is_that_of_the_engines_own_precision() -> None:
+    suite = small_suite("random-small")
+    for precision, passed in (("fp32", False), ("tf32", True)):
+        candidate = Engine(10, precision=precision, shade=2e-4)
+        report = check_parity(candidate, Engine(10), suite=suite)
+        assert report.passed is passed
+        assert report.precision == precision
+    with pytest.raises(UserError, match="no bar for precision 'fp8', only for fp32, "):
+        check_parity(Engine(10, precision="fp8"), Engine(10), suite=suite)
 
 
 def test_a_wrong_coarse_image_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -244,6 +330,14 @@ def test_different_networks_cannot_be_compared(tiny_onnx: Path) -> None:
         pytest.raises(UserError, match="different networks"),
     ):
         check_parity(candidate, Other())  # type: ignore[arg-type]
+
+
+def test_mask_states_that_are_outputs_already_stay_so(tiny_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "with-states.onnx"
+    path.write_bytes(with_mask_states(tiny_onnx))
+    assert with_mask_states(path) == path.read_bytes()
+    with open_candidate(path) as candidate:
+        assert candidate.spec.batch == 1
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mat_export.contract import METADATA_KEY, GraphSpec, UserError
-from mat_export.runners import OrtRunner, Runner, TorchRunner, check_inputs, open_runner
+from mat_export.contract import METADATA_KEY, GraphSpec, UserError, check_inputs
+from mat_export.runners import OrtRunner, Runner, TorchRunner, open_runner
 from mat_torch import Checkpoint, draw, random_checkpoint, save_checkpoint
 from mat_torch.config import GeneratorConfig
 

@@ -1,0 +1,255 @@
+"""Latency on a GPU: an engine against PyTorch, in one run on one machine.
+
+    python benchmarks/latency.py torch PRESET -o torch.json [--batch 1] [--wait FILE]
+    python benchmarks/latency.py engine MAT.plan -o engine.json [--profile profile.json]
+
+TensorRT and PyTorch may live in different Pythons (TensorRT 8.6 stops at 3.10), so each half writes
+its own JSON; run them one right after the other. ``torch`` compiles first; with ``--wait`` it then
+waits for FILE to appear, so that the compilation may overlap with the build of the engine and the
+measurement with nothing.
+
+Times are of the device, by CUDA events around each call, inputs and outputs on the GPU; medians and
+99th percentiles of ``--runs`` calls after a warm-up. PyTorch runs three ways: the reference model
+eager in FP32 (no TF32); the inference form in half precision, channels_last; and that form under
+``torch.compile``, whose modes come from ``--modes``. Their error against FP32 is reported beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WARMUP = 10
+
+
+def summary(milliseconds: list[float]) -> dict[str, float]:
+    """Median and 99th percentile."""
+    p50, p99 = (float(np.percentile(milliseconds, p)) for p in (50, 99))
+    return {"p50_ms": p50, "p99_ms": p99, "runs": len(milliseconds)}
+
+
+# -- PyTorch ---------------------------------------------------------------------------------------
+
+
+def plain_operators() -> None:
+    """Let torch.compile see into the custom operators: their plain functions in their places."""
+    from mat_export import ops
+
+    for name in ops.__all__:
+        operator = getattr(ops, name)
+        setattr(ops, name, operator._init_fn)
+
+
+def bench_torch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every PyTorch way, compiled first and timed last."""
+    import torch
+
+    from mat_export.bench import example_inputs
+    from mat_export.contract import GraphSpec
+    from mat_export.inference import InferenceGenerator
+    from mat_torch import preset, random_checkpoint
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    checkpoint = random_checkpoint(preset(arguments.model), 0)
+    spec = GraphSpec(checkpoint.config, batch=arguments.batch)
+    arrays = example_inputs(spec, arguments.batch)
+    names = [tensor.name for tensor in spec.inputs]
+    full = [torch.from_numpy(arrays[name]).cuda() for name in names]
+    eager = checkpoint.build().cuda()
+    half = InferenceGenerator(checkpoint.build(), spec).cuda().half()
+    half = half.to(memory_format=torch.channels_last)
+    halves = [x.half() for x in full]
+    halves = [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in halves]
+    ways: dict[str, Callable[[], Any]] = {
+        "eager FP32": lambda: eager(*full)[0],
+        "inference form, FP16 channels_last": lambda: half(*halves)[0],
+    }
+    report: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name(),
+        "batch": arguments.batch,
+        "preset": arguments.model,
+        "ways": {},
+    }
+    with torch.inference_mode():
+        reference = ways["eager FP32"]()
+        half(*halves)
+        plain_operators()
+        for mode in arguments.modes.split(","):
+            started = time.perf_counter()
+            torch._dynamo.reset()
+            compiled = torch.compile(half, mode=mode)
+            try:
+                for _ in range(3):
+                    compiled(*halves)
+                torch.cuda.synchronize()
+            except Exception as error:
+                report["ways"][f"compiled {mode}"] = {"failed": f"{type(error).__name__}: {error}"}
+                continue
+            seconds = time.perf_counter() - started
+            report["ways"][f"compiled {mode}"] = {"compile_seconds": seconds}
+            ways[f"compiled {mode}"] = lambda run=compiled: run(*halves)[0]  # type: ignore[misc]
+            print(f"compiled {mode} in {seconds:.0f} s", flush=True)
+        while arguments.wait is not None and not arguments.wait.exists():
+            time.sleep(0.2)
+        hole = full[1].expand_as(reference) < 0.5
+        for name, run in ways.items():
+            torch.cuda.reset_peak_memory_stats()
+            times = []
+            output = run().float().clone()
+            for i in range(WARMUP + arguments.runs):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                run()
+                end.record()
+                end.synchronize()
+                if i >= WARMUP:
+                    times.append(begin.elapsed_time(end))
+            difference = (output - reference)[hole].double()
+            span = float(reference.max() - reference.min())
+            error = float(difference.square().mean())
+            entry = report["ways"].setdefault(name, {})
+            entry |= summary(times)
+            entry["finite"] = bool(torch.isfinite(output).all())
+            entry["hole_psnr_db"] = 10 * float(np.log10(span**2 / error)) if error else None
+            entry["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            print(name, entry, flush=True)
+    return report
+
+
+# -- TensorRT --------------------------------------------------------------------------------------
+
+
+def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine with and without CUDA graphs, and from NumPy to NumPy."""
+    from engines import cuda
+    from engines.arrays import DeviceArray
+    from engines.papers import open_plan
+    from engines.runtime import Engine
+    from mat_export.bench import example_inputs
+
+    opened = open_plan(arguments.model)
+    arrays = example_inputs(opened.spec, arguments.batch)
+    report: dict[str, Any] = {
+        "engine": opened.backend.label,
+        "gpu": cuda.device_info().name,
+        "batch": int(arrays["image"].shape[0]),
+        "precision": opened.spec.precision,
+        "build_seconds": opened.manifest.get("build_seconds"),
+        "plan_mb": opened.manifest["bytes"] / 1e6,
+        "layers": opened.manifest.get("layers"),
+        "ways": {},
+    }
+    for graphs in (False, True):
+        before = cuda.free_memory()
+        with Engine(opened.backend, opened.plan, graphs=graphs) as engine:
+            names = [t.name for t in engine.tensors if t.mode == "input"]
+            feed = {name: np.ascontiguousarray(arrays[name]) for name in names}
+            host = engine.run(feed)
+            taken = (before - cuda.free_memory()) / 2**20
+            buffers: dict[str, DeviceArray] = {}
+            stream = cuda.Stream()
+            for name, array in {**feed, **host}.items():
+                memory = cuda.DeviceBuffer(array.nbytes)
+                buffers[name] = DeviceArray(
+                    memory.handle, array.shape, array.dtype, engine.device, owner=memory
+                )
+                cuda.copy_to_device(memory.handle, array.ctypes.data, array.nbytes, stream.handle)
+            stream.synchronize()
+            on_gpu = {name: buffers[name] for name in names}
+            outputs = {name: buffers[name] for name in host}
+            times = []
+            for i in range(WARMUP + arguments.runs):
+                begin, end = cuda.Event(timing=True), cuda.Event(timing=True)
+                begin.record(stream.handle)
+                engine.enqueue(on_gpu, outputs, stream=stream.handle)
+                end.record(stream.handle)
+                end.synchronize()
+                if i >= WARMUP:
+                    times.append(end.elapsed_ms(begin))
+            entry = summary(times)
+            entry["gpu_mib"] = taken
+            entry["captured"] = engine.graphs and engine.graphs_refused is None
+            walls = []
+            for _ in range(20):
+                started = time.perf_counter()
+                again = engine.run(feed)
+                walls.append(1e3 * (time.perf_counter() - started))
+            entry["numpy_to_numpy_p50_ms"] = float(np.median(walls))
+            entry["replay_equal"] = all(
+                np.array_equal(again[name], host[name], equal_nan=True) for name in host
+            )
+            name = "with CUDA graph" if graphs else "without CUDA graph"
+            report["ways"][name] = entry
+            print(name, entry, flush=True)
+    if arguments.profile is not None:
+        arguments.profile.write_text(json.dumps(profile(opened, arrays), indent=1) + "\n")
+    return report
+
+
+def profile(opened: Any, arrays: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds of each of the engine's layers; with a profiler they run one by one."""
+    from engines import cuda
+
+    module = opened.backend.module
+    engine = opened.backend.deserialize(opened.plan)
+    context = opened.backend.create_context(engine)
+    stream, held = cuda.Stream(), []
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        if name in arrays and -1 in tuple(engine.get_tensor_shape(name)):
+            context.set_input_shape(name, arrays[name].shape)
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        dtype = np.dtype(module.nptype(engine.get_tensor_dtype(name)))
+        shape = tuple(context.get_tensor_shape(name))
+        array = np.ascontiguousarray(arrays.get(name, np.zeros(shape, dtype)))
+        memory = cuda.DeviceBuffer(array.nbytes)
+        cuda.copy_to_device(memory.handle, array.ctypes.data, array.nbytes, stream.handle)
+        stream.synchronize()
+        context.set_tensor_address(name, memory.handle)
+        held.append(memory)
+    times: dict[str, list[float]] = {}
+
+    class Profiler(module.IProfiler):  # type: ignore[misc, name-defined]
+        """Collects what TensorRT reports."""
+
+        def __init__(self) -> None:
+            module.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.setdefault(layer_name, []).append(ms)
+
+    context.profiler = Profiler()
+    for _ in range(20):
+        context.execute_async_v3(stream.handle)
+        stream.synchronize()
+    return {name: float(np.median(values[5:])) for name, values in times.items()}
+
+
+def main() -> None:
+    """Run one half and write its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("half", choices=["torch", "engine"])
+    parser.add_argument("model", help="a preset for torch, a plan for the engine")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--modes", default="reduce-overhead,max-autotune")
+    parser.add_argument("--wait", type=Path)
+    parser.add_argument("--profile", type=Path)
+    arguments = parser.parse_args()
+    report = bench_torch(arguments) if arguments.half == "torch" else bench_engine(arguments)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

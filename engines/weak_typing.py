@@ -1,0 +1,65 @@
+"""Make TensorRT 8.6 follow the types in the ONNX file.
+
+Networks of that version are weakly typed: the parser reads types, but the builder chooses each
+layer's own unless it is told. So each layer gets the type that the file gives its outputs, and the
+flag OBEY_PRECISION_CONSTRAINTS makes that binding. Layers that the parser adds between (shuffles,
+broadcasts) take the type of what they read. From TensorRT 10 on networks are strongly typed and
+nothing of this is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+__all__ = ["constrain", "tensor_types"]
+
+_FREE = re.compile(r"/MaskPropagation/")
+"""Layers left free: counts of at most 256, exact in half precision too. With their types bound,
+8.6 found no implementation for the block around them (seen on an H100)."""
+
+
+def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
+    """ONNX element type of every tensor of a graph, by name."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    return {value.name: value.type.tensor_type.elem_type for value in values}
+
+
+def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, int]:
+    """Give each layer of a parsed network the type that the file gives its outputs.
+
+    Args:
+        module: TensorRT 8.6's Python module.
+        network: The INetworkDefinition that the parser made of `model`.
+        model: The typed graph.
+
+    Returns:
+        How many layers were set to half precision and how many to FP32.
+    """
+    types = tensor_types(model)
+    wanted = {int(TensorProto.FLOAT16): module.float16, int(TensorProto.FLOAT): module.float32}
+    skipped = {module.LayerType.CONSTANT, module.LayerType.SHAPE, module.LayerType.CAST}
+    counts = dict.fromkeys(wanted, 0)
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type in skipped:
+            continue
+        first = layer.get_input(0) if layer.num_inputs else None
+        before = types.get(first.name) if first is not None else None
+        outputs = [layer.get_output(j) for j in range(layer.num_outputs)]
+        for output in outputs:
+            if output.name not in types and before is not None:
+                types[output.name] = before
+        kind = types.get(outputs[0].name) if outputs else None
+        integral = any(output.dtype in (module.int32, module.bool) for output in outputs)
+        if kind not in wanted or integral or _FREE.search(layer.name):
+            continue
+        layer.precision = wanted[kind]
+        for j in range(layer.num_outputs):
+            layer.set_output_type(j, wanted[kind])
+        counts[kind] += 1
+    return counts[int(TensorProto.FLOAT16)], counts[int(TensorProto.FLOAT)]

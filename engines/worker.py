@@ -1,0 +1,396 @@
+"""The process that builds an engine: ``python -m engines.worker FOLDER``.
+
+TensorRT may crash, hang or be killed for want of memory; here it takes nobody with it. The parent
+(`engines.build`) puts ``model.onnx`` and ``request.json`` into the folder and reads events from
+standard output, one JSON object a line; the plan appears as ``engine.plan``. When the parent closes
+standard input, or dies, this process saves its timing cache, removes the folder and ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from engines.backend import Backend, BuildHooks, Progress, open_backend
+from engines.layers import summarise
+from engines.options import BuildOptions
+from engines.profiles import Profiles
+from mat_export.contract import UserError
+from mat_export.files import atomic_write
+
+__all__ = ["CacheFile", "CacheKeeper", "Percentage", "Request", "main"]
+
+MODEL, REQUEST, PLAN = "model.onnx", "request.json", "engine.plan"
+"""Names of the files in the folder."""
+
+CANCELLED = 130
+"""Exit status when the parent has closed standard input."""
+
+_SAVE_SECONDS = 20.0
+"""How often a growing timing cache is saved."""
+
+_POLL_SECONDS = 0.2
+
+_TELL_POINTS, _TELL_SECONDS = 5, 2.0
+"""Progress is told in steps of so many percent, or less after so long: each is a line in a log."""
+
+_LAST_SAVE_SECONDS = 3.0
+"""How long a cancelled build may take to save its timing cache."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build.
+
+    Attributes:
+        options: Checked, with backend and target resolved.
+        profiles: Shapes of every dynamic input.
+        cache: The timing cache's file, or None to keep none.
+        inspect: Load the plan on this machine's GPU when it is built, and tell its layers.
+    """
+
+    options: BuildOptions
+    profiles: Profiles
+    cache: Path | None
+    inspect: bool
+
+    def to_json(self) -> str:
+        """Text that from_json reads back."""
+        return json.dumps(
+            {
+                "options": self.options.to_dict(),
+                "profiles": self.profiles,
+                "cache": None if self.cache is None else str(self.cache),
+                "inspect": self.inspect,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Request:
+        """The request that to_json wrote."""
+        entries = json.loads(text)
+        return cls(
+            options=BuildOptions.from_dict(entries["options"]),
+            profiles={
+                name: (tuple(low), tuple(best), tuple(high))
+                for name, (low, best, high) in entries["profiles"].items()
+            },
+            cache=None if entries["cache"] is None else Path(entries["cache"]),
+            inspect=entries["inspect"],
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """Build what the folder asks for; 0 if ``done`` or ``refused`` was said."""
+    folder = Path(arguments[0])
+    events = _Events(_private_output())
+    state = _State()
+    threading.Thread(target=_leave_with_parent, args=(folder, state), daemon=True).start()
+    try:
+        outcome: dict[str, Any] = {"done": _build(folder, events, state)}
+    except UserError as error:
+        outcome = {"refused": str(error)}
+    state.finished.set()
+    events.tell(**outcome)
+    return 0
+
+
+class _State:
+    """What the threads of this process tell each other.
+
+    Attributes:
+        cancelled: The build is to stop.
+        saved: There is nothing to save of the timing cache.
+        finished: The outcome is known; the folder is the parent's.
+    """
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self.saved = threading.Event()
+        self.saved.set()
+        self.finished = threading.Event()
+
+
+def _build(folder: Path, events: _Events, state: _State) -> dict[str, Any]:
+    request = Request.from_json((folder / REQUEST).read_text(encoding="utf-8"))
+    backend = open_backend(request.options.backend, target=request.options.target)
+    progress = Percentage(lambda phase, done, total: events.tell(progress=[phase, done, total]))
+
+    def log(severity: str, text: str) -> None:
+        events.tell(log=[severity, text])
+
+    cache = None if request.cache is None else CacheFile(request.cache)
+    hooks = BuildHooks(
+        log=log,
+        progress=progress,
+        cancelled=state.cancelled.is_set,
+        timing_cache=None
+        if cache is None
+        else lambda config: CacheKeeper(config, cache, log, state.cancelled, state.saved),
+    )
+    model = (folder / MODEL).read_bytes()
+    plan = backend.build(model, request.options, request.profiles, hooks)
+    (folder / PLAN).write_bytes(plan)
+    progress.complete()
+    return _inspect(backend, plan, request, log) if request.inspect else {}
+
+
+def _inspect(
+    backend: Backend, plan: bytes, request: Request, log: Callable[[str, str], None]
+) -> dict[str, Any]:
+    """Facts of a built engine that only a GPU can tell: that it loads, its memory, its layers."""
+    backend.allow_host_code = request.options.version_compatible
+    engine = backend.deserialize(plan)
+    facts: dict[str, Any] = {"context_bytes": backend.context_memory(engine)}
+    try:
+        facts["layers"] = summarise(backend.layer_information(engine)).to_dict()
+    except UserError as error:
+        log("warning", str(error))
+    return facts
+
+
+# -- talking to the parent -----------------------------------------------------------------------
+
+
+class _Events:
+    """Lines of JSON for the parent; any thread may tell."""
+
+    def __init__(self, channel: TextIO) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+
+    def tell(self, **event: Any) -> None:
+        """Write one event."""
+        line = json.dumps(event)
+        with self._lock:
+            self._channel.write(f"{line}\n")
+            self._channel.flush()
+
+
+def _private_output() -> TextIO:
+    """Standard output for events alone: what C++ code prints goes to standard error instead."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return channel
+
+
+def _leave_with_parent(folder: Path, state: _State) -> None:
+    """Wait until standard input ends; then save what is worth saving, and end at once.
+
+    A build in TensorRT 8.6 cannot be cancelled, so this does not wait for it.
+    """
+    while os.read(0, 4096):
+        pass
+    if state.finished.is_set():
+        return
+    state.cancelled.set()
+    state.saved.wait(_LAST_SAVE_SECONDS)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(CANCELLED)
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Phase:
+    parent: str | None
+    steps: int
+    done: int = 0
+
+
+class Percentage(Progress):
+    """Nested phases as one percentage that only rises, told now and then.
+
+    Args:
+        report: Called with what is being done, the percentage, and 100.
+    """
+
+    def __init__(self, report: Callable[[str, int, int], None]) -> None:
+        self._report = report
+        self._phases: dict[str, _Phase] = {}
+        self._percent = -_TELL_POINTS
+        self._told = float("-inf")
+        self._lock = threading.Lock()
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        with self._lock:
+            self._phases[name] = _Phase(parent if parent in self._phases else None, max(1, steps))
+            percent = self._current()
+        self.tell(name, percent)
+
+    def step(self, name: str) -> None:
+        with self._lock:
+            if name in self._phases:
+                self._phases[name].done += 1
+            percent = self._current()
+        self.tell(name, percent)
+
+    def finish(self, name: str) -> None:
+        with self._lock:
+            self._phases.pop(name, None)
+
+    def tell(self, name: str, percent: int) -> None:
+        with self._lock:
+            percent, now = min(percent, 99), time.monotonic()
+            risen = percent - self._percent
+            if risen < _TELL_POINTS and (risen <= 0 or now < self._told + _TELL_SECONDS):
+                return
+            self._percent, self._told = percent, now
+        self._report(name, percent, 100)
+
+    def complete(self) -> None:
+        """Everything is done."""
+        self._report("built", 100, 100)
+
+    def _current(self) -> int:
+        return int(100 * self._fraction(None))
+
+    def _fraction(self, parent: str | None) -> float:
+        """How much of a phase's running step its children have done; several may run at once."""
+        return max(
+            (
+                min(1.0, (phase.done + self._fraction(name)) / phase.steps)
+                for name, phase in self._phases.items()
+                if phase.parent == parent
+            ),
+            default=0.0,
+        )
+
+
+# -- timing cache --------------------------------------------------------------------------------
+
+
+class CacheFile:
+    """A timing cache on disk, under a digest: TensorRT is never given a damaged one.
+
+    Args:
+        path: The file; its folder is made when it is first saved.
+    """
+
+    _MAGIC = b"mat-export timing cache 1\n"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> bytes | None:
+        """The cache, or None if there is none.
+
+        Raises:
+            UserError: If the file is no timing cache, or damaged.
+        """
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(
+                f"the timing cache '{self.path}' is unreadable: {error.strerror}"
+            ) from error
+        start = len(self._MAGIC)
+        digest, cache = data[start : start + 32], data[start + 32 :]
+        if not data.startswith(self._MAGIC) or hashlib.sha256(cache).digest() != digest:
+            raise UserError(f"the timing cache '{self.path}' is damaged")
+        return cache
+
+    def save(self, cache: bytes) -> None:
+        """Write the cache whole or not at all. Raises UserError or OSError if that fails."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, self._MAGIC + hashlib.sha256(cache).digest() + cache)
+
+
+class CacheKeeper:
+    """Gives a build the timing cache, and saves it as it grows from a thread of its own.
+
+    Args:
+        config: The builder configuration.
+        file: Where the cache is kept.
+        log: Called with a severity and a line.
+        cancelled: Set when the build is to stop: the cache is saved once more.
+        saved: Clear while there is something to save.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        file: CacheFile,
+        log: Callable[[str, str], None],
+        cancelled: threading.Event,
+        saved: threading.Event,
+    ) -> None:
+        self._config, self._file, self._log = config, file, log
+        self._cancelled, self._saved = cancelled, saved
+        self._known: bytes | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> CacheKeeper:
+        self._known = self._load()
+        cache = self._config.create_timing_cache(self._known or b"")
+        if self._known and (not cache or not self._config.set_timing_cache(cache, False)):
+            self._log("warning", "the timing cache is of another TensorRT or GPU: left aside")
+            self._known = None
+            cache = self._config.create_timing_cache(b"")
+        self._config.set_timing_cache(cache, False)
+        self._saved.clear()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        latest = self._load()
+        if latest and latest != self._known:  # another build has saved meanwhile
+            other = self._config.create_timing_cache(latest)
+            if other:
+                self._config.get_timing_cache().combine(other, False)
+        self._save()
+        self._saved.set()
+
+    def _load(self) -> bytes | None:
+        try:
+            return self._file.load()
+        except UserError as error:
+            self._log("warning", f"{error}: left aside")
+            return None
+
+    def _watch(self) -> None:
+        waited = 0.0
+        while not self._stop.wait(_POLL_SECONDS):
+            waited += _POLL_SECONDS
+            if self._cancelled.is_set():
+                self._save()
+                self._saved.set()
+                return
+            if waited >= _SAVE_SECONDS:
+                waited = 0.0
+                self._save()
+
+    def _save(self) -> None:
+        data = bytes(self._config.get_timing_cache().serialize())
+        if data == self._known:
+            return
+        try:
+            self._file.save(data)
+            self._known = data
+        except (OSError, UserError) as error:
+            self._log("warning", f"the timing cache is not saved: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""The graph that engines are built of: an exported model, prepared for a GPU.
+
+Functions inlined, resampling said densely, types in the file, opset as old as the backend needs.
+Every TensorRT gets the same graph.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto, helper
+
+from mat_export.contract import (
+    METADATA_KEY,
+    STATE_PREFIX,
+    GraphSpec,
+    UserError,
+    mask_state_names,
+)
+from mat_export.functions import function_library
+from mat_export.inlining import inline_functions
+from mat_export.lowering import lower_opset
+from mat_export.parity import load_onnx
+from mat_export.precision import PRECISIONS, apply_precision
+from mat_export.resampling import resample_densely
+
+__all__ = ["ENGINE_PRECISIONS", "EngineGraph", "prepare_engine_graph", "spec_of"]
+
+ENGINE_PRECISIONS = ("fp32", "tf32", *PRECISIONS)
+"""What an engine may compute in; ``tf32`` is the FP32 graph on TF32 tensor cores."""
+
+
+@dataclass(frozen=True)
+class EngineGraph:
+    """A prepared graph.
+
+    Attributes:
+        model: Standard operators alone, of the types the engine is to compute in.
+        spec: What it takes and gives.
+        passes: What was done, in words and numbers, for the manifest.
+    """
+
+    model: onnx.ModelProto
+    spec: GraphSpec
+    passes: dict[str, object]
+
+
+def spec_of(model: onnx.ModelProto, label: str = "the model") -> GraphSpec:
+    """The contract in a model's metadata.
+
+    Raises:
+        UserError: If it has none.
+    """
+    spec = GraphSpec.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+    if spec is None:
+        raise UserError(
+            f"{label} is an ONNX model, but not one that mat-export wrote: "
+            "export it with 'mat-export onnx'"
+        )
+    return spec
+
+
+def prepare_engine_graph(
+    path: str | os.PathLike[str],
+    precision: str,
+    *,
+    opset: int,
+    mask_states: bool = False,
+) -> EngineGraph:
+    """Prepare an exported model for a TensorRT backend.
+
+    Args:
+        path: A file of ``mat-export onnx``, in FP32.
+        precision: One of ENGINE_PRECISIONS.
+        opset: The newest opset the backend parses.
+        mask_states: Give the masks of stage one as outputs too, for a parity check.
+
+    Raises:
+        UserError: If there is no such file, it is not ours, not in FP32, or cannot be lowered.
+    """
+    if precision not in ENGINE_PRECISIONS:
+        raise UserError(f"precision is one of {', '.join(ENGINE_PRECISIONS)}, got '{precision}'")
+    return prepare_model(
+        load_onnx(path), precision, opset=opset, mask_states=mask_states, label=f"'{path}'"
+    )
+
+
+def prepare_model(
+    model: onnx.ModelProto,
+    precision: str,
+    *,
+    opset: int,
+    mask_states: bool = False,
+    label: str = "the model",
+) -> EngineGraph:
+    """`prepare_engine_graph` of a loaded model."""
+    spec = spec_of(model, label)
+    if spec.precision != "fp32":
+        raise UserError(f"{label} is in {spec.precision} already: start from the FP32 file")
+    lowered = onnx.ModelProto()
+    lowered.CopyFrom(model)
+    standard = next(o for o in lowered.opset_import if o.domain == "")
+    if standard.version > opset:
+        lower_opset(lowered, opset)
+        del lowered.functions[:]
+        lowered.functions.extend(function_library(opset, dynamic=spec.dynamic_size))
+    dense, resampled = resample_densely(inline_functions(lowered))
+    passes: dict[str, object] = {"inlined": True, "resampled": resampled}
+    if precision in PRECISIONS:
+        typed = apply_precision(dense, precision)
+        passes |= {
+            "half_nodes": typed.half_nodes,
+            "fp32_islands": typed.islands,
+            "casts": typed.casts,
+        }
+        dense = typed.model
+    if mask_states:
+        passes["mask_states"] = _give_mask_states(dense, spec)
+    spec = spec.with_changes(precision=precision)
+    entry = next(e for e in dense.metadata_props if e.key == METADATA_KEY)
+    entry.value = spec.to_json()
+    passes["opset"] = next(o.version for o in dense.opset_import if o.domain == "")
+    return EngineGraph(dense, spec, passes)
+
+
+def _give_mask_states(model: onnx.ModelProto, spec: GraphSpec) -> int:
+    """Make every mask of stage one an output, as floats: not every TensorRT gives bools."""
+    graph = model.graph
+    names = [STATE_PREFIX + name for name in mask_state_names(spec.config)]
+    inner = {name: f"{name}/inner" for name in names}
+    for node in graph.node:
+        for values in (node.input, node.output):
+            for i, name in enumerate(values):
+                values[i] = inner.get(name, name)
+    shapes = {v.name: v.type.tensor_type.shape for v in graph.value_info}
+    for name in names:
+        cast = helper.make_node("Cast", [inner[name]], [name], f"{name}/Cast", to=TensorProto.FLOAT)
+        graph.node.append(cast)
+        output = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        if name in shapes:
+            output.type.tensor_type.shape.CopyFrom(shapes[name])
+        graph.output.append(output)
+    del graph.value_info[:]
+    return len(names)

@@ -1,0 +1,95 @@
+"""The graph that engines are built of gives the picture of the exported one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from mat_export.bench import example_inputs
+from mat_export.contract import GraphSpec, UserError, mask_state_names
+from mat_export.engine_graph import prepare_engine_graph, spec_of
+from mat_export.parity import compare
+from mat_export.runners import OrtRunner
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    return int(next(o.version for o in model.opset_import if o.domain == ""))
+
+
+@pytest.mark.parametrize(("precision", "opset"), [("fp32", 17), ("fp32", 22), ("tf32", 20)])
+def test_fp32_is_the_same_picture(tiny_onnx: Path, precision: str, opset: int) -> None:
+    graph = prepare_engine_graph(tiny_onnx, precision, opset=opset)
+    onnx.checker.check_model(graph.model, full_check=True)
+    assert opset_of(graph.model) == min(opset, 20) == graph.passes["opset"]
+    assert not graph.model.functions
+    assert graph.spec.precision == precision
+    assert spec_of(graph.model) == graph.spec
+    inputs = example_inputs(graph.spec, 1)
+    with OrtRunner(tiny_onnx) as plain, OrtRunner(graph.model.SerializeToString()) as own:
+        expected, found = plain.run(inputs)["output"], own.run(inputs)["output"]
+    error = np.linalg.norm(expected - found) / np.linalg.norm(expected)
+    assert 0 < error < 1e-5
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+def test_fp16_holds_its_bar(tiny_onnx: Path, opset: int) -> None:
+    graph = prepare_engine_graph(tiny_onnx, "fp16", opset=opset)
+    inputs = example_inputs(graph.spec, 1)
+    hole = inputs["mask"][:, 0] < 0.5
+    with OrtRunner(tiny_onnx) as plain, OrtRunner(graph.model.SerializeToString()) as own:
+        expected, found = plain.run(inputs)["output"], own.run(inputs)["output"]
+    psnr = compare(expected, found, hole[0]).psnr
+    assert psnr is not None
+    assert psnr >= 45.0
+    assert graph.passes["half_nodes"]
+
+
+def test_mask_states_become_outputs(tiny_onnx: Path) -> None:
+    graph = prepare_engine_graph(tiny_onnx, "fp16", opset=17, mask_states=True)
+    names = [f"mask_state/{name}" for name in mask_state_names(graph.spec.config)]
+    assert {o.name for o in graph.model.graph.output} == {"output", *names}
+    assert graph.passes["mask_states"] == len(names)
+    inputs = example_inputs(graph.spec, 1)
+    with OrtRunner(graph.model.SerializeToString()) as runner:
+        results = runner.run(inputs)
+    for name in names:
+        assert results[name].dtype == np.float32
+        assert set(np.unique(results[name])) <= {0.0, 1.0}
+    assert results["mask_state/conv_first"].mean() < 1.0
+
+
+def test_bf16_needs_a_new_opset(tiny_onnx: Path) -> None:
+    graph = prepare_engine_graph(tiny_onnx, "bf16", opset=22)
+    assert opset_of(graph.model) == 22
+    with pytest.raises(UserError, match="opset"):
+        prepare_engine_graph(tiny_onnx, "bf16", opset=17)
+
+
+def test_what_is_not_ours_is_refused(tiny_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="precision is one of"):
+        prepare_engine_graph(tiny_onnx, "fp8", opset=20)
+    with pytest.raises(UserError, match="there is no file"):
+        prepare_engine_graph(tmp_path / "none.onnx", "fp16", opset=20)
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    values = [onnx.helper.make_tensor_value_info(n, 1, [1]) for n in "xy"]
+    other = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:]))
+    onnx.save(other, tmp_path / "other.onnx")
+    with pytest.raises(UserError, match="not one that mat-export wrote"):
+        prepare_engine_graph(tmp_path / "other.onnx", "fp16", opset=20)
+    typed = prepare_engine_graph(tiny_onnx, "fp16", opset=20)
+    onnx.save(typed.model, tmp_path / "typed.onnx")
+    with pytest.raises(UserError, match="in fp16 already"):
+        prepare_engine_graph(tmp_path / "typed.onnx", "fp16", opset=20)
+
+
+def test_the_source_is_left_as_it_is(tiny_onnx: Path) -> None:
+    before = tiny_onnx.read_bytes()
+    prepare_engine_graph(tiny_onnx, "fp16", opset=17)
+    assert tiny_onnx.read_bytes() == before
+    metadata = {e.key: e.value for e in onnx.load(tiny_onnx).metadata_props}
+    spec = GraphSpec.from_metadata(metadata)
+    assert spec is not None
+    assert spec.precision == "fp32"
