@@ -440,6 +440,7 @@ def debug(
             example_inputs(graph.spec, 1),
             tolerance=bars[precision.value] if tolerance is None else tolerance,
             reference=reference.model,
+            at_once=40,  # of a few hundred: enough that runs are few, and memory bounded
             progress=progress,
         )
     show_table("", HEADINGS, found.rows())
@@ -714,13 +715,16 @@ def _show_parity(result: object) -> None:
                 *figures(case.hole),
                 *figures(case.ring),
                 "equal" if case.kept_exact else "differ",
-                f"{case.masks - len(case.wrong_masks)}/{case.masks}",
+                case.masks_in_words,
                 "passed" if case.passed else "; ".join(case.failures),
             ]
             for case in result.cases
         ],
     )
-    note(f"parity {'passed' if result.passed else 'FAILED'} (bar: {result.bar}, and equal masks)")
+    bar = f"bar: {result.bar}" + ("" if result.unchecked else ", and equal masks")
+    note(f"parity {'passed' if result.passed else 'FAILED'} ({bar})")
+    for what in result.unchecked:
+        note(f"not checked: {what}")
 
 
 def _record_parity(path: Path, result: Any) -> None:

@@ -239,7 +239,7 @@ def _translations(dynamic: bool) -> dict[Any, Callable[..., Any]]:
     fuse_mlp = _operator(functions.FUSE_MLP, ["x", "y", *parts], ["z"], None)
     style_scales = _operator(
         functions.STYLE_SCALES,
-        ["style", "weight", "bias", "energy"],
+        ["style", "weight", "bias", "energy", "norm"],
         ["scale", "factor", "magnitude"],
         None,
         "width",
@@ -264,9 +264,9 @@ def _translations(dynamic: bool) -> dict[Any, Callable[..., Any]]:
     def translate_propagation(valid: Any, window: int, shift: int) -> Any:
         return propagation(valid, **cut(valid, 2, window, shift))
 
-    def translate_style_scales(style: Any, weight: Any, bias: Any, energy: Any) -> Any:
+    def translate_style_scales(style: Any, weight: Any, bias: Any, energy: Any, norm: Any) -> Any:
         count, width, _ = (int(side) for side in energy.shape)
-        return style_scales(style, weight, bias, energy, width=width, demodulated=count)
+        return style_scales(style, weight, bias, energy, norm, width=width, demodulated=count)
 
     def translate_depth_to_space(x: Any) -> Any:
         return standard.DepthToSpace(x, blocksize=2, mode="DCR")

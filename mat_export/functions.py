@@ -332,7 +332,7 @@ def _fuse_mlp(opset: int) -> onnx.FunctionProto:
 
 
 def _style_scales(opset: int) -> onnx.FunctionProto:
-    """``s/max|s|`` of each layer and ``rsqrt((s/m)²·energy + ε/m²)`` of the demodulated ones."""
+    """``s/max|s|`` of each layer and ``rsqrt((s/m)²·energy + ε/(m·n)²)`` of those demodulated."""
     b = _Body(opset)
     infer, one = b.constant("infer", [-1]), b.constant("one", [1])
     keep, last = b.constant("keep", [0]), b.constant("last", [-1])
@@ -354,7 +354,8 @@ def _style_scales(opset: int) -> onnx.FunctionProto:
     square = b("Unsqueeze", [square, b.constant("row_axis", [2])], "square_rows")
     sums = b("Squeeze", [b("MatMul", [square, "energy"], "sum_rows"), "row_axis"], "sums")
     own = b("Slice", [m, keep, count, axis], "demodulated_bounded")
-    eps = b("Div", [b.constant("epsilon", DEMODULATION_EPS / 2.0), own], "epsilon_over_m")
+    own = b("Mul", [own, "norm"], "whole_bounded")
+    eps = b("Div", [b.constant("epsilon", DEMODULATION_EPS / 2.0), own], "epsilon_over_whole")
     eps = b("Div", [eps, own], "epsilon_over_square")
     root = b("Sqrt", [b("Add", [sums, eps], "energy_sum")], "root")
     factor = b("Reciprocal", [root], "factor_rows")
@@ -364,10 +365,10 @@ def _style_scales(opset: int) -> onnx.FunctionProto:
     b("Reshape", [m, shape], "magnitude")
     return b.function(
         STYLE_SCALES,
-        ["style", "weight", "bias", "energy"],
+        ["style", "weight", "bias", "energy", "norm"],
         ["scale", "factor", "magnitude"],
         ["width", "demodulated"],
         doc="Styles of several layers of one width. style: [B, D]; energy: [demodulated, width, "
-        "out]; scale: [B, layers·width, 1, 1]; factor: [B, demodulated·out, 1, 1]; magnitude: "
-        "[B, layers, 1, 1].",
+        "out]; norm: [demodulated, 1]; scale: [B, layers·width, 1, 1]; factor: [B, "
+        "demodulated·out, 1, 1]; magnitude: [B, layers, 1, 1].",
     )

@@ -35,6 +35,8 @@ REWRITES: dict[str, str] = {
     "modulate-activations": "styles scale activations and demodulation scales outputs, so that "
     "weights are constants",
     "bound-styles": "each style is divided by its largest magnitude, which demodulation cancels",
+    "bound-weights": "a demodulated layer's weights are divided by their norm, which demodulation "
+    "cancels",
     "batch-styles": "all styles of a stage come from one matrix product: without style mixing "
     "every layer has the same w",
     "subpixel-upsampling": "a convolution to twice the size is four small ones, one a phase, "
@@ -361,6 +363,18 @@ class TokenStage(nn.Module):
 # -- styles -------------------------------------------------------------------------------------
 
 
+def bounded_weight(conv: layers.ModulatedConv) -> tuple[Tensor, float]:
+    """The weight of a demodulated layer divided by its norm, which demodulation cancels.
+
+    Returns:
+        [out, in, k, k], no output channel's norm above 1, and the norm: the largest of any output
+        channel.
+    """
+    weight = conv.weight[0].detach() * conv.weight_gain
+    norm = float(weight.flatten(1).norm(dim=1).max().clamp(min=torch.finfo(torch.float32).tiny))
+    return weight / norm, norm
+
+
 class StyleGroup(nn.Module):
     """Styles and demodulation factors of the layers of one input width (`ops.style_scales`).
 
@@ -371,6 +385,7 @@ class StyleGroup(nn.Module):
     weight: Tensor
     bias: Tensor
     energy: Tensor
+    norm: Tensor
 
     def __init__(self, convs: Sequence[layers.ModulatedConv]) -> None:
         super().__init__()
@@ -383,17 +398,21 @@ class StyleGroup(nn.Module):
         # Σ_k w² per input and output channel, halved, which makes the factor √2 larger. Narrower
         # layers are filled up, so that one product serves all.
         energy = torch.zeros(max(len(outs), 1), width, max(outs, default=1))
+        norms = torch.ones(energy.shape[0], 1)
         for i, conv in enumerate(demodulated):
-            weight = conv.weight[0].double() * conv.weight_gain
-            energy[i, :, : outs[i]] = weight.square().sum((2, 3)).T / 2.0
+            weight, norms[i] = bounded_weight(conv)
+            energy[i, :, : outs[i]] = weight.double().square().sum((2, 3)).T / 2.0
         self.register_buffer("energy", _constant(energy))
+        self.register_buffer("norm", _constant(norms))
         self._widths = [width] * len(convs)
         self._outs = outs
         self._magnitudes = [1] * len(convs)
 
     def forward(self, style: Tensor) -> list[tuple[Tensor, Tensor]]:
         """[B, D] → (scale, factor or magnitude) of each layer, in order."""
-        scale, factor, magnitude = ops.style_scales(style, self.weight, self.bias, self.energy)
+        scale, factor, magnitude = ops.style_scales(
+            style, self.weight, self.bias, self.energy, self.norm
+        )
         scales = torch.split(scale, self._widths, dim=1)
         rows = torch.split(factor, self.energy.shape[2], dim=1)
         factors = [row[:, :out] for row, out in zip(rows, self._outs, strict=False)]
@@ -404,8 +423,8 @@ class StyleGroup(nn.Module):
 class StyleBank(nn.Module):
     """Every style and demodulation factor of a stage, from one style vector.
 
-    For a layer with weights w, style s and ``m = max|s|``:
-    ``conv(x·s, w)·rsqrt(Σ w²s² + 1e-8) = conv(x·s/m, w)·rsqrt(Σ w²(s/m)² + 1e-8/m²)``.
+    For a layer with weights w, style s, ``m = max|s|`` and n the largest norm of an output channel:
+    ``conv(x·s, w)·rsqrt(Σ w²s² + ε) = conv(x·s/m, w/n)·rsqrt(Σ (w/n)²(s/m)² + ε/(m·n)²)``.
     Layers of one width lie side by side, so that two products and one pass of arithmetic serve them
     all. These are a few thousand numbers an image and may stay in FP32.
 
@@ -413,7 +432,7 @@ class StyleBank(nn.Module):
         convs: The modulated convolutions of the stage, all fed by the same style.
     """
 
-    rewrites: ClassVar = ("batch-styles", "bound-styles")
+    rewrites: ClassVar = ("batch-styles", "bound-styles", "bound-weights")
 
     def __init__(self, convs: Sequence[layers.ModulatedConv]) -> None:
         super().__init__()
@@ -457,7 +476,7 @@ class StyleConv(nn.Module):
 
     def __init__(self, layer: layers.StyleConv, noise: str = "const") -> None:
         super().__init__()
-        weight = layer.conv.weight[0] * layer.conv.weight_gain
+        weight, _ = bounded_weight(layer.conv)
         self.subpixel: SubpixelConv | None = None
         if layer.conv.up == 2:
             self.subpixel = SubpixelConv(weight)

@@ -123,14 +123,15 @@ def _(
 
 @torch.library.custom_op("mat::style_scales", mutates_args=())
 def style_scales(
-    style: Tensor, weight: Tensor, bias: Tensor, energy: Tensor
+    style: Tensor, weight: Tensor, bias: Tensor, energy: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Styles of L layers of one width, bounded by their maxima, and demodulation of the first c.
 
     For each layer, ``s = style·W + b``, ``m = max|s|``, the scale is ``s/m`` and the factor
-    ``rsqrt((s/m)²·energy + ε/m²)``, half the ε of demodulation since the energies are halved.
+    ``rsqrt((s/m)²·energy + ε/(m·n)²)`` for weights that were divided by n, half the ε of
+    demodulation since the energies are halved.
 
-    style: [B, D]; weight: [D, L·in]; bias: [L·in]; energy: [c, in, out], c ≤ L.
+    style: [B, D]; weight: [D, L·in]; bias: [L·in]; energy: [c, in, out], c ≤ L; norm n: [c, 1].
     Returns scale [B, L·in, 1, 1], factor [B, c·out, 1, 1] and magnitude m [B, L, 1, 1].
     """
     count, width, _ = energy.shape
@@ -138,13 +139,15 @@ def style_scales(
     m = rows.abs().amax(dim=2, keepdim=True).clamp(min=LEAST_STYLE)
     s = rows / m
     sums = (s[:, :count].square().unsqueeze(2) @ energy).squeeze(2)
-    factor = torch.rsqrt(sums + (DEMODULATION_EPS / 2.0) / m[:, :count].square())
+    factor = torch.rsqrt(sums + (DEMODULATION_EPS / 2.0) / (m[:, :count] * norm).square())
     scale, factor = (x.flatten(1)[:, :, None, None] for x in (s, factor))
     return scale.clone(), factor.clone(), m.flatten(1)[:, :, None, None].clone()
 
 
 @style_scales.register_fake
-def _(style: Tensor, weight: Tensor, bias: Tensor, energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    style: Tensor, weight: Tensor, bias: Tensor, energy: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     (count, width, out), batch = energy.shape, style.shape[0]
     sizes = (bias.shape[0], count * out, bias.shape[0] // width)
     scale, factor, magnitude = (style.new_empty(batch, n, 1, 1) for n in sizes)

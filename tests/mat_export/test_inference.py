@@ -251,19 +251,25 @@ def style_bank() -> None:
     assert len(bank) == len(convs)
     for conv, (scale, factor) in zip(convs, bank, strict=True):
         gain = layers.LRELU_GAIN if conv.demodulate else 1.0
-        weight = conv.weight * conv.weight_gain * scale[:, None, :, :, :]
+        own = (
+            inference.bounded_weight(conv)[0]
+            if conv.demodulate
+            else conv.weight[0] * conv.weight_gain
+        )
+        weight = own * scale[:, None, :, :, :]
         reference = modulated_weights(conv, style).float() * gain
         check_close(weight * factor[:, :, None], reference)
 
 
-def modulation(up: int, scale: float = 1.0, noise: bool = True) -> None:
-    """One StyleConv with the style it gets from a bank; `scale` multiplies its styles."""
+def modulation(up: int, scale: float = 1.0, noise: bool = True, weight_scale: float = 1.0) -> None:
+    """One StyleConv with the style it gets from a bank, its styles and weights scaled."""
     layer = layers.StyleConv(6, 5, 4, up=up, noise_resolution=8 * up if noise else None)
     randomized(layer)
     if not noise:
         layer.bias.zero_()  # next to it, what tiny styles leave would not count
     layer.conv.affine.weight.mul_(scale)
     layer.conv.affine.bias.mul_(scale)
+    layer.conv.weight.mul_(weight_scale)
     x, style = torch.randn(2, 6, 8, 8), torch.randn(2, 4)
     ((s, factor),) = inference.StyleBank([layer.conv])(style)
     check_close(inference.StyleConv(layer)(x, s, factor), layer(x, style))
@@ -300,6 +306,19 @@ def large_styles() -> None:
     modulation(up=1, scale=1e4)
     modulation(up=2, scale=1e4)
     rgb(scale=1e4)
+
+
+def scaled_weights() -> None:
+    """However large or small a demodulated layer's weights are, the graph's are of norm 1."""
+    for scale in (1e4, 1e-2, 1e-6):
+        for up in (1, 2):
+            modulation(up=up, weight_scale=scale, noise=scale > 1)
+    conv = randomized(layers.ModulatedConv(6, 5, 3, 4))
+    conv.weight.mul_(1e4)
+    weight, norm = inference.bounded_weight(conv)
+    norms = weight.flatten(1).norm(dim=1)
+    assert float(norms.max()) == pytest.approx(1.0, rel=1e-6)
+    check_close(weight * norm, conv.weight[0] * conv.weight_gain)
 
 
 def tiny_styles() -> None:
@@ -393,6 +412,7 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "fold-gains": (linear, conv_same, conv_down, conv_up, conv_gain_without_bias),
     "modulate-activations": (style_conv, to_rgb),
     "bound-styles": (large_styles, tiny_styles, vanishing_styles),
+    "bound-weights": (scaled_weights,),
     "batch-styles": (style_bank,),
     "subpixel-upsampling": (subpixel,),
     "image-upsampling": (image_upsample,),

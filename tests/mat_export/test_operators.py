@@ -168,10 +168,11 @@ def arrays(case: Case) -> Arrays:
         "style_weight": normal(5, 12),
         "style_bias": normal(12),
         "energy": normal(2, 4, 6) ** 2,
+        "norm": np.array([[0.5], [3.0]], np.float32),
     }
 
 
-STYLE_SCALES = ("style", "style_weight", "style_bias", "energy")
+STYLE_SCALES = ("style", "style_weight", "style_bias", "energy", "norm")
 FUSE_MLP = ("x", "y", *(f"{n}_{p}" for n in ("fuse", "fc1", "fc2") for p in ("weight", "bias")))
 QUERY_KEY_VALUE = ("x", "query_key_weight", "query_key_bias", "value_weight")
 
@@ -198,7 +199,7 @@ def by_reference(case: Case, inputs: Arrays) -> dict[str, Tensor]:
     magnitude = styles.abs().amax(dim=2)
     s = styles / magnitude[:, :, None]
     sums = torch.einsum("bci,cio->bco", s[:, :2] ** 2, t["energy"])
-    factor = torch.rsqrt(sums + 5e-9 / magnitude[:, :2, None] ** 2)
+    factor = torch.rsqrt(sums + 5e-9 / (magnitude[:, :2, None] * t["norm"]) ** 2)
     deep = torch.unflatten(t["d"], 1, (4, -1)).transpose(1, 2).flatten(1, 2)
     return {
         "attended": attend(t["valid"]),

@@ -56,34 +56,15 @@ def judged(single: onnx.ModelProto, folder: Path, *names: str) -> ParityReport:
     return report
 
 
-class OutsideTheBarError(AssertionError):
-    """What a known limit may raise, and nothing else."""
-
-
 def assert_within_the_bar(report: ParityReport) -> None:
-    if not report.passed:
-        raise OutsideTheBarError([(case.name, case.failures) for case in report.cases])
+    assert report.passed, [(case.name, case.failures) for case in report.cases]
     for case in report.cases:
         assert case.finite
         assert case.hole.psnr is not None
         assert BAR <= case.hole.psnr < math.inf
 
 
-@pytest.mark.parametrize(
-    "factor",
-    [
-        1e3,
-        pytest.param(
-            1e4,
-            marks=pytest.mark.xfail(
-                reason="weights are not scaled by their own maximum as styles are, so that the "
-                "convolution overflows before demodulation",
-                raises=OutsideTheBarError,
-                strict=True,
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("factor", [1e2, 1e4, 1e-4])
 def test_weights_that_demodulation_divides_out_may_be_large(
     factor: float, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
