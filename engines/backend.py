@@ -848,10 +848,14 @@ def _listed(names: list[str]) -> str:
 
 
 class _LogProgress:
-    """Progress from the verbose lines of the log, where there is no monitor."""
+    """Progress from the verbose lines of the log, where there is no monitor.
+
+    A layer's turn begins with a line that leaves out its name; the kernels that are timed have it.
+    """
 
     _LAYERS = re.compile(r"After .+: (\d+) layers")
-    _COSTS = re.compile(r"=+ Computing costs for (.+)")
+    _COSTS = re.compile(r"=+ Computing costs for")
+    _TIMED = re.compile(r"-+ Timing Runner: (.+?)( \(\w+\[0x\w+\]\))?$")
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -859,11 +863,13 @@ class _LogProgress:
 
     def read(self, line: str) -> None:
         """One line of the log."""
-        costs = self._COSTS.match(line)
-        if costs is not None:
+        if self._COSTS.match(line):
             self._done += 1
-            name = costs[1] if len(costs[1]) <= 60 else f"{costs[1][:60]}…"
-            self._progress.tell(name, 100 * self._done // max(self._total, self._done))
+            return
+        timed = self._TIMED.match(line)
+        if timed is not None:
+            name = timed[1] if len(timed[1]) <= 60 else f"{timed[1][:60]}…"
+            self._progress.tell(name, 100 * self._done // max(self._total, self._done, 1))
             return
         layers = self._LAYERS.match(line)
         if layers is not None:

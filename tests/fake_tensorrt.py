@@ -260,7 +260,9 @@ def _say_progress(logger: Any, config: Any, severity: Any, old: bool) -> None:
         logger.log(severity.VERBOSE, "After vertical fusions: 9 layers")
         logger.log(severity.VERBOSE, "After concat removal: 4 layers")
         for i in range(4):
-            logger.log(severity.VERBOSE, f"=============== Computing costs for layer {i}")
+            runner = f"layer {i} (CaskConvolution[0x80000009])"
+            logger.log(severity.VERBOSE, "=============== Computing costs for ")
+            logger.log(severity.VERBOSE, f"--------------- Timing Runner: {runner}")
             logger.log(severity.VERBOSE, "Tactic: 0x0 Time: 0.01")
         return
     monitor = config.progress_monitor

@@ -380,6 +380,8 @@ def test_progress_comes_from_the_monitor_or_the_log(
     percents = [done for _, done, _ in told]
     assert percents == sorted(set(percents))
     assert percents[-1] > 70
+    if version == "8.6.0":
+        assert [what for what, *_ in told][1:] == [f"layer {i}" for i in range(4)]
     assert set(severities) == {"info"}
 
 
