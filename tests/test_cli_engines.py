@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import onnx
 import pytest
 from test_cli import Run, one_sentence, run
+from test_engine_refit import opened
 
-__all__ = ["run"]  # the fixture
+from engines.papers import OpenedPlan
+from mat_export.engine_graph import spec_of
+from mat_torch import Checkpoint, random_checkpoint, save_checkpoint
+
+__all__ = ["opened", "run"]  # the fixtures
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +77,42 @@ def test_trt_builds_every_precision(
     assert manifest["request"]["options"]["tf32"] is (options[0] == "--tf32")
     assert ("mask_states" in manifest["sources"]["passes"]) is ("--mask-states" in options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mat.plan", "mat.plan.json"]
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "ONNX"])
+def test_refit_prepares_the_new_weights_as_the_engine_was(
+    run: Run,
+    opened: OpenedPlan,
+    tiny_checkpoint: Checkpoint,
+    tiny_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+) -> None:
+    given: list[Any] = []
+
+    def refit_plan(*arguments: Any) -> SimpleNamespace:
+        given.append(arguments)
+        return SimpleNamespace(weights=7, seconds=1.0)
+
+    monkeypatch.setattr("engines.refit.refit_plan", refit_plan)
+    weights, expected = tiny_onnx, tiny_checkpoint.digest
+    if form == "checkpoint":
+        other = random_checkpoint(tiny_checkpoint.config, 5)
+        weights, expected = tmp_path / "tuned.safetensors", other.digest
+        save_checkpoint(other, weights)
+    target = tmp_path / "new.plan"
+    code, _, error = run("refit", opened.path, "--checkpoint", weights, "-o", target, "--no-parity")
+    assert code == 0, error
+    assert "7 weights swapped" in error
+    ((plan, model, output),) = given
+    assert plan.path == opened.path
+    assert output == target
+    assert spec_of(model).precision == "fp16"
+    assert spec_of(model).checkpoint == expected
+    assert model.opset_import[0].version == 17  # what TensorRT 8.6 parses
+    assert not model.functions
+    assert any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
 
 
 def test_debug_names_no_layer_where_backends_agree(
