@@ -49,7 +49,7 @@ def test_a_trial_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.trial.open_plan", open_plan)
     monkeypatch.setattr("engines.trial.Engine", Engine)
     model = onnx.ModelProto(producer_name="test")
-    inputs = {"x": np.ones(3, np.float32), "unread": np.zeros(1)}
+    inputs: dict[str, Any] = {"x": np.ones(3, np.float32), "unread": np.zeros(1)}
     before = Engine.closed
     results = run_tensorrt(model, inputs, "tensorrt", tf32=True)
     assert np.array_equal(results["y"], np.full(3, 2.0))
