@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	@echo "  proof of parity:         $(DEMO)/parity/index.html"
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

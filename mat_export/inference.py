@@ -12,6 +12,7 @@ what is selected by a mask or gate is selected, never multiplied by 0.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, TypeVar
@@ -32,6 +33,8 @@ __all__ = ["REWRITES", "InferenceGenerator", "rewrite_counts"]
 
 REWRITES: dict[str, str] = {
     "fold-gains": "equalized learning rates and the √2 of lrelu are folded into weights and biases",
+    "align-channels": "feature maps of stage one beside the tokens are filled up with channels of "
+    "zeros to a multiple of 32, which kernels are made for",
     "modulate-activations": "styles scale activations and demodulation scales outputs, so that "
     "weights are constants",
     "bound-styles": "each style is divided by its largest magnitude, which demodulation cancels",
@@ -402,6 +405,8 @@ class StyleGroup(nn.Module):
         for i, conv in enumerate(demodulated):
             weight, norms[i] = bounded_weight(conv)
             energy[i, :, : outs[i]] = weight.double().square().sum((2, 3)).T / 2.0
+        # A channel without weights is 0 times its factor: any finite one will do.
+        energy += (energy.sum(dim=1, keepdim=True) == 0.0) / width
         self.register_buffer("energy", _constant(energy))
         self.register_buffer("norm", _constant(norms))
         self._widths = [width] * len(convs)
@@ -630,11 +635,59 @@ class DecoderLevel(nn.Module):
         return x, self.toRGB(x, *styles[2], rgb)
 
 
+CHANNEL_MULTIPLE = 32
+"""What the channels of stage one's convolutional maps are filled up to."""
+
+
+def align_channels(stage: reference.FirstStage) -> reference.FirstStage:
+    """A copy of stage one with more channels in its encoder and decoder, all of them zero.
+
+    The maps that meet tokens keep theirs. A new channel has no weights, no bias and no style, so it
+    stays zero through every layer, and nothing reads it.
+    """
+    stage = copy.deepcopy(stage)
+    dim = stage.conv_first.conv.weight.shape[0]
+    wide = -(-dim // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
+    _widen(stage.conv_first.conv, 4, wide)
+    encoder = [conv.conv for conv in _all_as(layers.PartialConv, stage.enc_conv)]
+    for conv in encoder:
+        _widen(conv, wide, dim if conv is encoder[-1] else wide)
+    for i, level in enumerate(_all_as(reference.TokenDecoderLevel, stage.dec_conv)):
+        for layer, inside in ((level.conv0, wide if i else dim), (level.conv1, wide)):
+            _widen(layer.conv, inside, wide)
+            layer.bias = _filled(layer.bias, wide)
+        _widen(level.toRGB.conv, wide, 3)
+    return stage
+
+
+def _widen(conv: layers.Conv | layers.ModulatedConv, inside: int, out: int) -> None:
+    """Give a layer more input and output channels; its gain stays what it was."""
+    conv.weight = _filled(conv.weight, out, inside, *conv.weight.shape[-2:])
+    if isinstance(conv, layers.ModulatedConv):
+        affine = conv.affine
+        affine.weight = _filled(affine.weight, inside, affine.weight.shape[1])
+        affine.bias = _filled(affine.bias, inside)
+    elif conv.bias is not None:
+        conv.bias = _filled(conv.bias, out)
+
+
+def _filled(values: Tensor, *sizes: int) -> nn.Parameter:
+    """The values at the start of a tensor of zeros whose last axes have these sizes."""
+    missing = [0] * (values.ndim - len(sizes)) + [
+        size - own for size, own in zip(sizes, values.shape[-len(sizes) :], strict=True)
+    ]
+    padding = [n for axis in reversed(missing) for n in (0, axis)]
+    return nn.Parameter(F.pad(values.detach(), padding), requires_grad=False)
+
+
 class FirstStage(nn.Module):
     """Stage one; see ``mat_torch.generator.FirstStage``. Returns the RGB before compositing."""
 
+    rewrites: ClassVar = ("align-channels",)
+
     def __init__(self, stage: reference.FirstStage, dynamic_size: bool) -> None:
         super().__init__()
+        stage = align_channels(stage)
         self.conv_first = PartialConv(stage.conv_first)
         self.enc_conv = nn.ModuleList(
             PartialConv(conv) for conv in _all_as(layers.PartialConv, stage.enc_conv)

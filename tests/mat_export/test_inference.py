@@ -321,6 +321,22 @@ def scaled_weights() -> None:
     check_close(weight * norm, conv.weight[0] * conv.weight_gain)
 
 
+def aligned_channels() -> None:
+    """Stage one gives the same image with more channels, and the original keeps its own."""
+    config = preset("mat-tiny-256")
+    stage = random_checkpoint(config, 0).build().synthesis.first_stage
+    wider = inference.align_channels(stage)
+    assert config.token_dim == stage.conv_first.conv.weight.shape[0] == 90
+    widths = [conv.conv.weight.shape[:2] for conv in (wider.conv_first, *wider.enc_conv)]
+    assert widths == [(96, 4), (96, 96), (90, 96)]
+    assert wider.dec_conv[0].conv0.conv.weight.shape[1:3] == (96, 90)
+    r = config.resolution
+    image, mask = torch.rand(1, 3, r, r) * 2 - 1, (torch.rand(1, 1, r, r) > 0.7).float()
+    gate = (torch.rand(1, 256, 90) > 0.5).float()
+    inputs = (image, mask, torch.randn(1, config.latent_dim), gate)
+    check_close(wider(*inputs), stage(*inputs))
+
+
 def tiny_styles() -> None:
     for scale in (1e-3, 1e-6, 1e-10, 1e-14):  # demodulation's 1e-8 takes over on the way
         modulation(up=1, scale=scale, noise=False)
@@ -410,6 +426,7 @@ def composite_once() -> None:
 
 CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "fold-gains": (linear, conv_same, conv_down, conv_up, conv_gain_without_bias),
+    "align-channels": (aligned_channels,),
     "modulate-activations": (style_conv, to_rgb),
     "bound-styles": (large_styles, tiny_styles, vanishing_styles),
     "bound-weights": (scaled_weights,),
