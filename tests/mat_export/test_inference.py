@@ -329,7 +329,7 @@ def aligned_channels() -> None:
     assert config.token_dim == stage.conv_first.conv.weight.shape[0] == 90
     widths = [conv.conv.weight.shape[:2] for conv in (wider.conv_first, *wider.enc_conv)]
     assert widths == [(96, 4), (96, 96), (90, 96)]
-    assert wider.dec_conv[0].conv0.conv.weight.shape[1:3] == (96, 90)
+    assert wider.get_parameter("dec_conv.0.conv0.conv.weight").shape[1:3] == (96, 90)
     r = config.resolution
     image, mask = torch.rand(1, 3, r, r) * 2 - 1, (torch.rand(1, 1, r, r) > 0.7).float()
     gate = (torch.rand(1, 256, 90) > 0.5).float()
