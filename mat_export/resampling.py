@@ -3,7 +3,7 @@
 The exported graph halves a map by a 4×4 filter and a 3×3 convolution, and doubles one by four small
 convolutions whose results are interleaved. That is the least arithmetic, and right for a CPU. A GPU
 has arithmetic to spare: there the filter's depthwise kernel and the interleaving take most of the
-time (../benchmarks says how much). The filter is separable further, ``[1, 3, 3, 1] = [1, 2, 1] ∗
+time (CHANGELOG.md has figures). The filter is separable further, ``[1, 3, 3, 1] = [1, 2, 1] ∗
 [1, 1]``, and its ``[1, 1]`` costs nothing elsewhere:
 
 - down: a 3×3 filter ``[1, 2, 1]``, and ``[1, 1]`` inside a 4×4 convolution of stride 2;
