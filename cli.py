@@ -19,6 +19,7 @@ from mat_export.openers import register_opener
 
 if TYPE_CHECKING:
     from engines.options import BuildOptions
+    from mat_export.parity import ParityReport
     from mat_export.runners import Runner
     from mat_torch import Checkpoint, GeneratorConfig
 
@@ -350,7 +351,7 @@ def refit(
     """Swap the weights of an engine in seconds, without building it again."""
     from engines.papers import open_plan
     from engines.refit import refit_plan
-    from mat_export.console import note, tracker
+    from mat_export.console import note
     from mat_export.contract import UserError
     from mat_export.engine_graph import prepare_engine_graph, prepare_model
     from mat_export.files import require_other, require_writable
@@ -381,17 +382,8 @@ def refit(
         graph = prepare_model(model, precision, opset=opset, mask_states=states)
     report = refit_plan(opened, graph.model, target)
     note(f"wrote {target}: {report.weights} weights swapped in {report.seconds:.1f} s")
-    if prove:
-        from mat_export.parity import check_parity, open_candidate, open_reference
-
-        with open_candidate(target) as judged:
-            found = open_reference(judged.spec, checkpoint, near=target)
-            with found as held, tracker("parity") as progress:
-                result = check_parity(judged, held, progress=progress)
-        _show_parity(result)
-        _record_parity(target, result)
-        if not result.passed:
-            raise typer.Exit(1)
+    if prove and not _judge(target, checkpoint).passed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -409,8 +401,9 @@ def debug(
     from mat_export.bench import example_inputs
     from mat_export.console import note, show_table, tracker
     from mat_export.debugging import HEADINGS, find_divergence, run_onnxruntime
-    from mat_export.engine_graph import prepare_engine_graph
+    from mat_export.engine_graph import prepare_model
     from mat_export.files import atomic_write, require_other, require_writable
+    from mat_export.parity import load_onnx
 
     if json_file is not None:
         require_other(json_file, model)
@@ -420,8 +413,9 @@ def debug(
         from engines.backend import open_backend
 
         opset = open_backend(backend.value).opset
-    graph = prepare_engine_graph(model, precision.value, opset=opset)
-    reference = prepare_engine_graph(model, "fp32", opset=opset)
+    loaded = load_onnx(model)
+    graph = prepare_model(loaded, precision.value, opset=opset, label=f"'{model}'")
+    reference = prepare_model(loaded, "fp32", opset=opset, label=f"'{model}'")
 
     def on_cpu(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return run_onnxruntime(model, inputs, threads=threads)
@@ -473,10 +467,9 @@ def parity(
     threads: ThreadsOption = None,
 ) -> None:
     """Hold a model against its reference over hard masks on photographs; exit 1 if it differs."""
-    from mat_export.console import note, tracker
+    from mat_export.console import note
     from mat_export.files import atomic_write, require_folder, require_other, require_writable
     from mat_export.manifest import manifest_path
-    from mat_export.parity import check_parity, open_candidate, open_reference
     from mat_export.report import write_report
 
     if json_file is not None:
@@ -487,14 +480,7 @@ def parity(
         require_writable(record)
     if report is not None:
         require_folder(report)
-    with open_candidate(candidate, threads=threads) as judged:
-        found = open_reference(
-            judged.spec, reference, near=candidate, record=record, threads=threads
-        )
-        with found as held, tracker("parity") as progress:
-            result = check_parity(judged, held, progress=progress, keep_pictures=report is not None)
-    _show_parity(result)
-    _record_parity(candidate, result)
+    result = _judge(candidate, reference, record, threads, keep_pictures=report is not None)
     if json_file is not None:
         atomic_write(json_file, result.to_json())
     if report is not None:
@@ -691,14 +677,35 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
-def _show_parity(result: object) -> None:
+def _judge(
+    candidate: Path,
+    reference: Path | None,
+    record: Path | None = None,
+    threads: int | None = None,
+    *,
+    keep_pictures: bool = False,
+) -> ParityReport:
+    """Check parity, show the result, and write it into an engine's papers."""
+    from mat_export.console import tracker
+    from mat_export.parity import check_parity, open_candidate, open_reference
+
+    with open_candidate(candidate, threads=threads) as judged:
+        found = open_reference(
+            judged.spec, reference, near=candidate, record=record, threads=threads
+        )
+        with found as held, tracker("parity") as progress:
+            result = check_parity(judged, held, progress=progress, keep_pictures=keep_pictures)
+    _show_parity(result)
+    _record_parity(candidate, result)
+    return result
+
+
+def _show_parity(result: ParityReport) -> None:
     """The table of a parity check, and its verdict."""
     import math
 
     from mat_export.console import note, show_table
-    from mat_export.parity import ParityReport, RegionError
-
-    assert isinstance(result, ParityReport)
+    from mat_export.parity import RegionError
 
     def figures(error: RegionError) -> list[str]:
         if error.relative is None or error.psnr is None:
@@ -727,7 +734,7 @@ def _show_parity(result: object) -> None:
         note(f"not checked: {what}")
 
 
-def _record_parity(path: Path, result: Any) -> None:
+def _record_parity(path: Path, result: ParityReport) -> None:
     """Write the verdict into an engine's manifest."""
     import json
 
@@ -737,8 +744,7 @@ def _record_parity(path: Path, result: Any) -> None:
         return
     from engines.papers import record_parity
 
-    entries = json.loads(result.to_json())
-    record_parity(path, {k: v for k, v in entries.items() if k not in ("pictures",)})
+    record_parity(path, json.loads(result.to_json()))
 
 
 def main() -> None:

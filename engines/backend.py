@@ -577,7 +577,7 @@ class _TensorRT8(Backend):
         import onnx
 
         proto = onnx.load_model_from_string(model)
-        spec = GraphSpec.from_metadata({p.key: p.value for p in proto.metadata_props})
+        spec = GraphSpec.of_model(proto)
         if spec is None or spec.precision != "fp16":
             return
         from engines.weak_typing import constrain

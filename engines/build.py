@@ -202,7 +202,7 @@ def _read_model(model: bytes) -> _ModelFacts:
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's own, of no common base
         raise UserError(f"not a readable ONNX model: {error}") from error
-    spec = GraphSpec.from_metadata({entry.key: entry.value for entry in proto.metadata_props})
+    spec = GraphSpec.of_model(proto)
     if spec is None:
         raise UserError("not a model of mat-export: export one with 'mat-export onnx'")
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)

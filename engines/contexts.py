@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from engines.backend import Backend
 
 __all__ = ["Context", "EngineError", "Pool"]
+
+
+_B = TypeVar("_B", cuda.DeviceBuffer, cuda.PinnedBuffer)
 
 
 class EngineError(RuntimeError):
@@ -136,24 +139,23 @@ class Context:
 
     def _buffer(self, tensor: EngineTensor, shape: Shape) -> int:
         """Address of the context's own buffer for a tensor, large enough for a shape."""
-        needed = tensor.dtype.itemsize * math.prod(shape)
-        buffer = self.buffers.get(tensor.name)
-        if buffer is None or buffer.nbytes < needed:
-            if buffer is not None:
-                self._done.synchronize()
-                self.buffers.pop(tensor.name).close()
-            buffer = self.buffers[tensor.name] = cuda.DeviceBuffer(needed)
-        return int(buffer.handle)
+        return int(self._grown(self.buffers, cuda.DeviceBuffer, tensor, shape).handle)
 
     def _stage(self, tensor: EngineTensor, shape: Shape) -> cuda.PinnedBuffer:
         """The context's pinned buffer for a tensor, large enough for a shape."""
+        return self._grown(self._pinned, cuda.PinnedBuffer, tensor, shape)
+
+    def _grown(
+        self, buffers: dict[str, _B], kind: Callable[[int], _B], tensor: EngineTensor, shape: Shape
+    ) -> _B:
+        """A tensor's buffer among these, replaced by a larger one where it is too small."""
         needed = tensor.dtype.itemsize * math.prod(shape)
-        buffer = self._pinned.get(tensor.name)
+        buffer = buffers.get(tensor.name)
         if buffer is None or buffer.nbytes < needed:
             if buffer is not None:
                 self._done.synchronize()
-                self._pinned.pop(tensor.name).close()
-            buffer = self._pinned[tensor.name] = cuda.PinnedBuffer(needed)
+                buffers.pop(tensor.name).close()
+            buffer = buffers[tensor.name] = kind(needed)
         return buffer
 
     # -- work ------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def refit_plan(
     from onnx import numpy_helper
 
     started = time.monotonic()
-    spec = GraphSpec.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+    spec = GraphSpec.of_model(model)
     if spec is None:
         raise UserError("the new weights come in a model that is not ours")
     different = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
@@ -13,12 +12,12 @@ from numpy.typing import NDArray
 from engines import cuda
 from engines.papers import open_plan
 from engines.runtime import Engine
-from mat_export.contract import GraphSpec, UserError, check_inputs
+from mat_export.contract import Closing, GraphSpec, UserError, check_inputs
 
 __all__ = ["EngineRunner"]
 
 
-class EngineRunner:
+class EngineRunner(Closing):
     """An engine that ``mat-export trt`` built. Use as a context manager.
 
     Args:
@@ -74,17 +73,6 @@ class EngineRunner:
     def close(self) -> None:
         """Release the engine; running afterwards is an error."""
         self.engine.close()
-
-    def __enter__(self) -> EngineRunner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check(self, path: str | os.PathLike[str]) -> None:
         """Hold the engine against its specification; an input that it does not use may be gone."""

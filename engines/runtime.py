@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -32,7 +31,7 @@ from engines import cuda
 from engines.arrays import DeviceArray, as_device_array, as_host_array
 from engines.contexts import Context, EngineError, Pool
 from engines.layout import EngineTensor, Layout, Shape, Source, is_aligned
-from mat_export.contract import UserError
+from mat_export.contract import Closing, UserError
 
 if TYPE_CHECKING:
     from engines.backend import Backend
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineError", "EngineTensor"]
 
 
-class Engine:
+class Engine(Closing):
     """A deserialized engine, on the GPU that is current in the calling thread.
 
     Any number of threads may call it at once. Use as a context manager, or close it.
@@ -179,17 +178,6 @@ class Engine:
         """
         with cuda.on_device(self.device):
             self._pool.close()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # -- one call ------------------------------------------------------------------------------
 

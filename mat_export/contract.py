@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mat_torch.config import ConfigError, GeneratorConfig
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
 __all__ = [
     "METADATA_KEY",
     "OPERATOR_DOMAIN",
     "STATE_PREFIX",
+    "Closing",
     "GraphSpec",
     "TensorSpec",
     "UserError",
@@ -40,6 +43,28 @@ beside those of its specification."""
 
 FORMAT = 1
 """Version of the contract; a file of another version is refused."""
+
+
+_C = TypeVar("_C", bound="Closing")
+
+
+class Closing:
+    """Something that is closed by leaving its context: a runner, an engine."""
+
+    def close(self) -> None:
+        """Release what it holds; using it afterwards is an error, closing again is nothing."""
+        raise NotImplementedError
+
+    def __enter__(self: _C) -> _C:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class UserError(Exception):
@@ -206,6 +231,16 @@ class GraphSpec:
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"unreadable graph metadata ({error}): export it again") from error
+
+    @classmethod
+    def of_model(cls, model: onnx.ModelProto) -> GraphSpec | None:
+        """The specification in an ONNX model, or None if the model is not ours."""
+        return cls.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+
+    def write_to(self, model: onnx.ModelProto) -> None:
+        """Put this specification in the place of the one that a model of ours has."""
+        entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+        entry.value = self.to_json()
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> GraphSpec | None:

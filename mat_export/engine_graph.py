@@ -13,7 +13,6 @@ import onnx
 from onnx import TensorProto, helper
 
 from mat_export.contract import (
-    METADATA_KEY,
     STATE_PREFIX,
     GraphSpec,
     UserError,
@@ -53,7 +52,7 @@ def spec_of(model: onnx.ModelProto, label: str = "the model") -> GraphSpec:
     Raises:
         UserError: If it has none.
     """
-    spec = GraphSpec.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+    spec = GraphSpec.of_model(model)
     if spec is None:
         raise UserError(
             f"{label} is an ONNX model, but not one that mat-export wrote: "
@@ -99,10 +98,10 @@ def prepare_model(
     spec = spec_of(model, label)
     if spec.precision != "fp32":
         raise UserError(f"{label} is in {spec.precision} already: start from the FP32 file")
-    lowered = onnx.ModelProto()
-    lowered.CopyFrom(model)
-    standard = next(o for o in lowered.opset_import if o.domain == "")
-    if standard.version > opset:
+    lowered = model
+    if next(o.version for o in model.opset_import if o.domain == "") > opset:
+        lowered = onnx.ModelProto()
+        lowered.CopyFrom(model)
         lower_opset(lowered, opset)
         del lowered.functions[:]
         lowered.functions.extend(function_library(opset, dynamic=spec.dynamic_size))
@@ -119,8 +118,7 @@ def prepare_model(
     if mask_states:
         passes["mask_states"] = _give_mask_states(dense, spec)
     spec = spec.with_changes(precision=precision)
-    entry = next(e for e in dense.metadata_props if e.key == METADATA_KEY)
-    entry.value = spec.to_json()
+    spec.write_to(dense)
     passes["opset"] = next(o.version for o in dense.opset_import if o.domain == "")
     return EngineGraph(dense, spec, passes)
 

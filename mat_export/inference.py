@@ -409,19 +409,17 @@ class StyleGroup(nn.Module):
         energy += (energy.sum(dim=1, keepdim=True) == 0.0) / width
         self.register_buffer("energy", _constant(energy))
         self.register_buffer("norm", _constant(norms))
-        self._widths = [width] * len(convs)
-        self._outs = outs
-        self._magnitudes = [1] * len(convs)
+        self._width, self._outs = width, outs
 
     def forward(self, style: Tensor) -> list[tuple[Tensor, Tensor]]:
         """[B, D] → (scale, factor or magnitude) of each layer, in order."""
         scale, factor, magnitude = ops.style_scales(
             style, self.weight, self.bias, self.energy, self.norm
         )
-        scales = torch.split(scale, self._widths, dim=1)
+        scales = torch.split(scale, self._width, dim=1)
         rows = torch.split(factor, self.energy.shape[2], dim=1)
         factors = [row[:, :out] for row, out in zip(rows, self._outs, strict=False)]
-        magnitudes = torch.split(magnitude, self._magnitudes, dim=1)[len(factors) :]
+        magnitudes = torch.split(magnitude, 1, dim=1)[len(factors) :]
         return list(zip(scales, (*factors, *magnitudes), strict=True))
 
 

@@ -52,8 +52,7 @@ def _describe_onnx(file: Path) -> Facts:
     from mat_export.parity import load_onnx
 
     model = load_onnx(file)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    spec = GraphSpec.from_metadata(metadata)
+    spec = GraphSpec.of_model(model)
     calls = [node.op_type for node in model.graph.node if node.domain == OPERATOR_DOMAIN]
     nodes = len(model.graph.node) + sum(len(function.node) for function in model.functions)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)

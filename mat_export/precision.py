@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mat_export.contract import METADATA_KEY, GraphSpec, UserError
+from mat_export.contract import GraphSpec, UserError
 from mat_export.inlining import inline_functions
 
 __all__ = ["ISLANDS", "PRECISIONS", "Island", "TypedModel", "apply_precision"]
@@ -104,8 +104,7 @@ def apply_precision(model: onnx.ModelProto, precision: str) -> TypedModel:
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision is one of {', '.join(PRECISIONS)}, got '{precision}'")
-    metadata = {entry.key: entry for entry in model.metadata_props}
-    spec = GraphSpec.from_metadata({key: entry.value for key, entry in metadata.items()})
+    spec = GraphSpec.of_model(model)
     if spec is None:
         raise UserError("not a model of mat-export: export one with 'mat-export onnx'")
     if spec.precision != "fp32":
@@ -113,8 +112,7 @@ def apply_precision(model: onnx.ModelProto, precision: str) -> TypedModel:
     typed = inline_functions(model)
     if precision == "bf16":
         _raise_opset(typed)
-    entry = next(e for e in typed.metadata_props if e.key == METADATA_KEY)
-    entry.value = spec.with_changes(precision=precision).to_json()
+    spec.with_changes(precision=precision).write_to(typed)
     resolution = spec.config.resolution
     last_rgb = f"second_stage.dec.Dec_{resolution}x{resolution}.toRGB"
     return _Typing(typed, PRECISIONS[precision], last_rgb).run()

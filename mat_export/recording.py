@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mat_export.contract import STATE_PREFIX, GraphSpec, UserError, check_inputs
+from mat_export.contract import STATE_PREFIX, Closing, GraphSpec, UserError, check_inputs
 from mat_export.files import atomic_path, require_writable
 from mat_export.manifest import package_version
-from mat_export.runners import Closing, Runner
+from mat_export.runners import Runner
 
 __all__ = ["SUFFIX", "RecordedRunner", "RecordingRunner"]
 
@@ -42,7 +42,7 @@ _SHARED = ("truncation",)
 """Inputs that all images of a batch have in common."""
 
 
-class RecordingRunner:
+class RecordingRunner(Closing):
     """A runner that answers as another does, and keeps the answers for a file.
 
     The file is written whole when the runner is closed. If an error ends its context, or nothing
@@ -91,9 +91,6 @@ class RecordingRunner:
             self._write()
             self._answers = {}
 
-    def __enter__(self) -> RecordingRunner:
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -102,7 +99,7 @@ class RecordingRunner:
     ) -> None:
         if kind is not None:
             self._answers = {}
-        self.close()
+        super().__exit__(kind, error, trace)
 
     def _write(self) -> None:
         packages = ("mat-export", "numpy", "pillow")

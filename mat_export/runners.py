@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mat_export.contract import GraphSpec, UserError, check_inputs
+from mat_export.contract import Closing, GraphSpec, UserError, check_inputs
 from mat_export.openers import opener_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mat_torch.checkpoint import Checkpoint
 
 __all__ = [
-    "Closing",
     "OrtRunner",
     "Runner",
     "TorchRunner",
@@ -67,25 +66,6 @@ class Runner(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
-
-
-class Closing:
-    """What every runner shares: leaving its context closes it."""
-
-    def close(self) -> None:
-        """Release the model; running afterwards is an error, closing again is nothing."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class TorchRunner(Closing):

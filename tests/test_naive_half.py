@@ -12,23 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import SMALL
 
 from mat_export.suite import MASKS, Case, photograph
 from mat_torch import Checkpoint, random_checkpoint
-from mat_torch.config import GeneratorConfig
-
-SMALL = GeneratorConfig(
-    "test-128",
-    128,
-    latent_dim=4,
-    token_dim=4,
-    heads=2,
-    depths=(2, 1, 1, 1, 1),
-    base_channels=256,
-    max_channels=4,
-    mapping_layers=1,
-)
-"""The smallest network, which runs in a few milliseconds."""
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mat_export.contract import GraphSpec, check_inputs
+from mat_export.contract import Closing, GraphSpec, check_inputs
 from mat_export.pixels import from_unit, to_unit
 from mat_torch.config import preset
 
 
-class FakeRunner:
+class FakeRunner(Closing):
     """Fills with a colour that follows from z, psi and the sum of all that the model is shown.
 
     A leak of anything under a hole, or of the order of a batch, therefore changes the answer.
@@ -54,14 +53,3 @@ class FakeRunner:
 
     def close(self) -> None:
         pass
-
-    def __enter__(self) -> FakeRunner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

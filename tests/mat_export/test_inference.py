@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small import SMALL
 from torch import Tensor, nn
 
 from mat_export import inference
@@ -17,24 +18,12 @@ from mat_export.inference import REWRITES, InferenceGenerator, rewrite_counts
 from mat_export.pixels import from_unit, to_unit
 from mat_torch import Generator, draw, layers, preset, random_checkpoint
 from mat_torch.attention import Block, masked_window_attention
-from mat_torch.config import BOTTLENECK, GeneratorConfig
+from mat_torch.config import BOTTLENECK
 
 BAR = 1e-5
 """Largest ‖a − b‖ / ‖b‖ between the two forms."""
 
 TINY = preset("mat-tiny-256")
-SMALL = GeneratorConfig(
-    "test-128",
-    128,
-    latent_dim=4,
-    token_dim=4,
-    heads=2,
-    depths=(2, 1, 1, 1, 1),
-    base_channels=256,
-    max_channels=4,
-    mapping_layers=1,
-)
-"""The smallest network, for what does not depend on sizes."""
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -14,24 +14,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from small import SMALL
 
 from mat_export.contract import METADATA_KEY, GraphSpec, UserError, check_inputs
 from mat_export.runners import OrtRunner, Runner, TorchRunner, open_runner
 from mat_torch import Checkpoint, draw, random_checkpoint, save_checkpoint
-from mat_torch.config import GeneratorConfig
-
-SMALL = GeneratorConfig(
-    "test-128",
-    128,
-    latent_dim=4,
-    token_dim=4,
-    heads=2,
-    depths=(2, 1, 1, 1, 1),
-    base_channels=256,
-    max_channels=4,
-    mapping_layers=1,
-)
-"""The smallest network, which runs in a few milliseconds."""
 
 Arrays = dict[str, NDArray[Any]]
 

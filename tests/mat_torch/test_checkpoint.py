@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import SMALL
 from torch import Tensor, nn
 
 from mat_torch.checkpoint import (
@@ -36,35 +37,22 @@ from mat_torch.checkpoint import (
     save_checkpoint,
     weights_digest,
 )
-from mat_torch.config import PRESETS, GeneratorConfig
+from mat_torch.config import PRESETS
 from mat_torch.generator import Generator
 from mat_torch.sampling import normal
-
-# The smallest network: some 230 tensors in half a megabyte.
-_SMALL = GeneratorConfig(
-    "test-128",
-    128,
-    latent_dim=4,
-    token_dim=4,
-    heads=2,
-    depths=(2, 1, 1, 1, 1),
-    base_channels=256,
-    max_channels=4,
-    mapping_layers=1,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_is_a_preset() -> Iterator[None]:
     """State dicts and pickles do not say their sizes, so these must be among the known ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, _SMALL.name, _SMALL)
+        patch.setitem(PRESETS, SMALL.name, SMALL)
         yield
 
 
 @pytest.fixture(scope="module")
 def small() -> Checkpoint:
-    return random_checkpoint(_SMALL, 0)
+    return random_checkpoint(SMALL, 0)
 
 
 # -- the authors' pickles, from weights of ours ----------------------------------------------------
@@ -251,7 +239,7 @@ def test_a_pickle_of_the_tiny_preset_loads_equal_and_is_recognised(tmp_path: Pat
 
 
 def test_key_picks_the_network_of_a_pickle(small: Checkpoint, tmp_path: Path) -> None:
-    other = random_checkpoint(_SMALL, 1)
+    other = random_checkpoint(SMALL, 1)
     path = _written(tmp_path, _authors_pickle(small, g=other))
     assert load_checkpoint(path).digest == small.digest
     assert load_checkpoint(path, key="G_ema").digest == small.digest
@@ -278,7 +266,7 @@ def test_a_state_dict_may_lie_under_a_usual_key(
 
 
 def test_key_picks_among_state_dicts(small: Checkpoint, tmp_path: Path) -> None:
-    other = random_checkpoint(_SMALL, 1)
+    other = random_checkpoint(SMALL, 1)
     path = _written(tmp_path, _torch_file({"G": other.tensors, "G_ema": small.tensors}))
     assert load_checkpoint(path).digest == small.digest
     assert load_checkpoint(path, key="G").digest == other.digest
@@ -315,7 +303,7 @@ def test_safetensors_without_metadata_are_a_state_dict(small: Checkpoint, tmp_pa
 
 
 def test_a_file_of_ours_needs_no_preset(tmp_path: Path) -> None:
-    config = dataclasses.replace(_SMALL, name="mine", latent_dim=6)
+    config = dataclasses.replace(SMALL, name="mine", latent_dim=6)
     save_checkpoint(random_checkpoint(config, 0), tmp_path / "file")
     assert load_checkpoint(tmp_path / "file").config == config
 
@@ -525,7 +513,7 @@ def test_a_configuration_in_a_file_is_not_trusted(
     text: str | dict[str, object], expected: str, small: Checkpoint, tmp_path: Path
 ) -> None:
     if isinstance(text, dict):
-        text = json.dumps(json.loads(_SMALL.to_json()) | text)
+        text = json.dumps(json.loads(SMALL.to_json()) | text)
     path = tmp_path / "file"
     safetensors.torch.save_file(small.tensors, path, {"mat.config": text})
     assert expected in _refusal(path)
@@ -606,7 +594,7 @@ def test_the_metadata_of_a_saved_file_describes_it(small: Checkpoint, tmp_path: 
     with safetensors.safe_open(path, framework="pt") as file:
         assert file.metadata() == {
             "format": "pt",
-            "mat.config": _SMALL.to_json(),
+            "mat.config": SMALL.to_json(),
             "mat.digest": small.digest,
         }
 
@@ -757,11 +745,11 @@ def test_random_weights_follow_the_recipe(small: Checkpoint) -> None:
 
 
 def test_random_weights_are_those_of_their_seed(small: Checkpoint) -> None:
-    again, other = random_checkpoint(_SMALL, 0), random_checkpoint(_SMALL, 1)
+    again, other = random_checkpoint(SMALL, 0), random_checkpoint(SMALL, 1)
     assert again.digest == small.digest != other.digest
     assert small.source == "test-128, random weights, seed 0"
 
 
 def test_a_seed_out_of_range_is_an_error() -> None:
     with pytest.raises(ValueError, match="seed"):
-        random_checkpoint(_SMALL, -1)
+        random_checkpoint(SMALL, -1)
