@@ -57,6 +57,7 @@ def bench_torch(arguments: argparse.Namespace) -> dict[str, Any]:
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
     checkpoint = random_checkpoint(preset(arguments.model), 0)
     spec = GraphSpec(checkpoint.config, batch=arguments.batch)
     arrays = example_inputs(spec, arguments.batch)
