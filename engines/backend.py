@@ -498,7 +498,7 @@ class Backend:
         given = [name for name in refitter.get_all_weights() if name in weights]
         if not given:
             raise UserError("none of these weights is in the engine: it is of another model")
-        arrays = {name: _contiguous(weights[name]) for name in given}  # read until refit is done
+        arrays = {name: self._held(weights[name]) for name in given}  # read until refit is done
         for name, array in arrays.items():
             if not refitter.set_named_weights(name, self._as_weights(array)):
                 raise UserError(
@@ -511,6 +511,10 @@ class Backend:
         if not refitter.refit_cuda_engine():
             raise UserError(f"{self.label} did not refit the engine: {_reason(logger.errors)}")
         return self._serialize(engine)
+
+    def _held(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A weight of the file as an engine of this version holds it."""
+        return _contiguous(array)
 
     def _as_weights(self, array: NDArray[Any]) -> Any:
         """What set_named_weights takes; NumPy itself has no bfloat16."""
@@ -555,6 +559,10 @@ class _TensorRT8(Backend):
 
     def runs_on(self, capability: Capability) -> bool:
         return self._lowest <= capability <= self._highest
+
+    def _held(self, array: NDArray[Any]) -> NDArray[Any]:
+        # Its parser makes INT32 of INT64, which this version does not know.
+        return _contiguous(array.astype("int32") if array.dtype == "int64" else array)
 
     def _network_flags(self) -> int:
         return 1 << int(self.module.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)

@@ -1,6 +1,7 @@
 """The graph that engines are built of: an exported model, prepared for a GPU.
 
-Functions inlined, resampling said densely, types in the file, opset as old as the backend needs.
+Functions inlined, resampling said densely, biases computed, types in the file, opset as old as the
+backend needs.
 Every TensorRT gets the same graph.
 """
 
@@ -19,6 +20,7 @@ from mat_export.contract import (
     mask_state_names,
 )
 from mat_export.functions import function_library
+from mat_export.fusing import compute_biases
 from mat_export.inlining import inline_functions
 from mat_export.lowering import lower_opset
 from mat_export.parity import load_onnx
@@ -106,13 +108,19 @@ def prepare_model(
         del lowered.functions[:]
         lowered.functions.extend(function_library(opset, dynamic=spec.dynamic_size))
     dense, resampled = resample_densely(inline_functions(lowered))
-    passes: dict[str, object] = {"inlined": True, "resampled": resampled}
+    dense, computed = compute_biases(dense)
+    passes: dict[str, object] = {
+        "inlined": True,
+        "resampled": resampled,
+        "computed_biases": computed,
+    }
     if precision in PRECISIONS:
         typed = apply_precision(dense, precision)
         passes |= {
             "half_nodes": typed.half_nodes,
             "fp32_islands": typed.islands,
             "casts": typed.casts,
+            "raised_floors": typed.floors,
         }
         dense = typed.model
     if mask_states:

@@ -383,6 +383,8 @@ def _add_runtime(members: dict[str, Any], severity: Any, old: bool, keeps_refit:
             return list(self._engine.weights)
 
         def set_named_weights(self, name: str, weights: Any) -> bool:
+            if not keeps_refit and weights.dtype == "int64":  # as 8.6 does, which has no INT64
+                raise TypeError("Could not implicitly convert NumPy data type: i64 to TensorRT.")
             self._set.add(name)
             return bool(weights.size == 3)
 

@@ -88,6 +88,14 @@ def test_it_may_replace_the_engine(opened: OpenedPlan) -> None:
     assert open_plan(opened.path).spec.checkpoint == NEW.checkpoint
 
 
+def test_indices_go_in_as_the_type_that_the_parser_made_of_them(
+    opened: OpenedPlan, tmp_path: Path
+) -> None:
+    model = model_of(NEW)
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.arange(3), "b"))
+    assert refit_plan(opened, model, tmp_path / "new.plan").weights == 2
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

@@ -90,18 +90,46 @@ def test_convolutions_and_products_of_features_are_half(half: TypedModel) -> Non
         for node in half.model.graph.node
         if node.op_type in ("Conv", "MatMul") and types[node.output[0]] == TensorProto.FLOAT
     ]
-    # Styles, the last ToRGB, and the three-channel upsampling of each ToRGB.
-    assert all(".styles." in name or ".toRGB" in name for name in single)
+    # Styles, and the three-channel upsampling of each ToRGB.
+    assert all(".styles." in name or ".toRGB.upsample" in name for name in single)
     assert half.half_nodes > 300
 
 
 def test_islands_are_fp32_and_each_rule_holds_some_node(half: TypedModel) -> None:
-    assert set(half.islands) == {island.name for island in ISLANDS} | {"last-rgb"}
+    assert set(half.islands) == {island.name for island in ISLANDS}
     types = typed_values(half.model)
     for node in half.model.graph.node:
         own = node.op_type == "Softmax" or node.name.startswith("mapping")
         if own and node.op_type != "Cast":
             assert types[node.output[0]] == TensorProto.FLOAT, node.name
+
+
+def test_what_every_level_adds_to_the_image_is_added_in_fp32(half: TypedModel) -> None:
+    types = typed_values(half.model)
+    sums = [
+        node.output[0]
+        for node in half.model.graph.node
+        if node.op_type == "Add" and ".toRGB/" in node.name
+    ]
+    assert len(sums) >= 5
+    assert all(types[name] == TensorProto.FLOAT for name in sums)
+
+
+def test_no_floor_of_a_divisor_is_less_than_half_can_hold(half: TypedModel) -> None:
+    values = {t.name: numpy_helper.to_array(t) for t in half.model.graph.initializer}
+    floors = [
+        values[name].item()
+        for node in half.model.graph.node
+        if node.op_type == "Max"
+        for name in node.input
+        if name in values
+    ]
+    assert len(floors) == half.floors > 14  # every attention block and every group of styles
+    assert all(floor >= 2.0**-14 for floor in floors)
+
+
+def test_bf16_has_the_range_and_keeps_its_floors(tiny_onnx: Path) -> None:
+    assert apply_precision(onnx.load(tiny_onnx), "bf16").floors == 0
 
 
 def test_each_cast_is_made_once(half: TypedModel) -> None:
