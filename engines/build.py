@@ -29,7 +29,7 @@ from engines.options import BuildOptions
 from engines.papers import FORMAT, differences, read_engine_manifest, save_engine
 from engines.profiles import profiles_of
 from mat_export.contract import GraphSpec, UserError
-from mat_export.files import require_writable
+from mat_export.files import cache_folder, require_writable
 from mat_export.manifest import manifest_path, package_version
 
 __all__ = ["BuildReport", "build_engine", "timing_cache_path"]
@@ -175,12 +175,12 @@ def build_engine(
 def timing_cache_path(backend: Backend, gpu: Gpu | None) -> Path | None:
     """Where kernel timings of a TensorRT on a GPU are kept; None if there is no place for them."""
     try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no home folder
+        root = cache_folder()
+    except UserError:
         return None
     name = f"{backend.name}-{backend.version}-{'any' if gpu is None else gpu.name}"
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).lower()
-    return root.absolute() / "mat-export" / "timing" / f"{slug}.cache"
+    return root / "timing" / f"{slug}.cache"
 
 
 # -- the request -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from mat_export.contract import UserError
 __all__ = [
     "atomic_path",
     "atomic_write",
+    "cache_folder",
     "file_digest",
     "require_folder",
     "require_other",
@@ -49,6 +50,19 @@ def atomic_write(path: _PATH, data: bytes | str) -> None:
     """Write a whole file or nothing. Raises UserError as atomic_path does."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again; ours has a folder there.
+
+    Raises:
+        UserError: If the user has no home folder.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise UserError("there is no home folder to keep a cache in: set XDG_CACHE_HOME") from error
+    return root.absolute() / "mat-export"
 
 
 def require_writable(path: _PATH) -> None:

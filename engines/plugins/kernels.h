@@ -1,0 +1,43 @@
+// What the kernels are called by: plain C, for plugins, PyTorch and tests alike.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum MatType { MAT_FLOAT = 0, MAT_HALF = 1, MAT_BFLOAT16 = 2 };
+
+// Where things lie, in memory of the GPU. Strides are in elements, from token to token.
+struct MatAttention {
+    const void* q;             // [batch, height·width, heads·head_size], scaled by 1/√head_size
+    const void* k;
+    const void* v;
+    const uint8_t* valid;      // [batch, height·width], 1 valid, 0 not; NULL: all are
+    void* y;                   // like q
+    uint8_t* propagated;       // like valid: the mask behind the block; NULL: not wanted
+    int32_t batch, height, width;
+    int32_t heads, head_size;  // head_size even and at most 32
+    int32_t window, shift;     // 8 or 16, dividing height and width; shift from 0 below window,
+                               // and taken as 0 where one side is the window
+    int32_t q_stride, k_stride, v_stride, y_stride;
+    int32_t type;              // of q, k, v and y: a MatType
+};
+
+// Why a launch would be refused, in a sentence, or NULL if it would not.
+const char* mat_attention_problem(const struct MatAttention* attention);
+
+// Masked window attention on a stream. Returns a cudaError_t: cudaErrorInvalidValue for what
+// mat_attention_problem names, else that of the launch. Allocates nothing and waits for nothing.
+int mat_attention(const struct MatAttention* attention, cudaStream_t stream);
+
+// Mask propagation alone: `out` (not `mask` itself) gets 1 for every token of a window that has a
+// valid one.
+int mat_propagate(const uint8_t* mask, uint8_t* out, int32_t batch, int32_t height, int32_t width,
+                  int32_t window, int32_t shift, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,241 @@
+"""The kernels as a shared library: compiled on first use, called with addresses.
+
+``kernels.h`` says what each function takes. Whoever holds arrays (PyTorch, a test, the runtime)
+passes where they lie, so that one binding serves all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mat_export.contract import UserError
+from mat_export.files import cache_folder
+
+__all__ = ["SOURCES", "TYPES", "KernelLibrary", "Tokens", "compile_kernels", "open_kernels"]
+
+SOURCES = Path(__file__).parent
+"""Where the sources lie."""
+
+TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+"""``MatType`` by the name of an element type."""
+
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
+_FILES = ("kernels.cu", "kernels.h", "tensor_cores.cuh", "window_attention.cuh")
+_NOT_SUPPORTED = 801
+
+
+class _Attention(ctypes.Structure):
+    """``struct MatAttention``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "valid", "y", "propagated")),
+        *((name, ctypes.c_int32) for name in ("batch", "height", "width", "heads", "head_size")),
+        *((name, ctypes.c_int32) for name in ("window", "shift")),
+        *((f"{name}_stride", ctypes.c_int32) for name in "qkvy"),
+        ("type", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the features of a grid of tokens lie: [B, H·W, C], a token's C side by side.
+
+    Attributes:
+        address: Of the first, on the GPU; a multiple of 4.
+        stride: Elements from token to token, even.
+    """
+
+    address: int
+    stride: int
+
+
+class KernelLibrary:
+    """The functions of a compiled library.
+
+    Args:
+        path: What ``compile_kernels`` gives.
+
+    Raises:
+        UserError: If it does not load.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            self._library = ctypes.CDLL(os.fspath(path))
+        except OSError as error:
+            raise UserError(f"the kernels in '{path}' do not load: {error}") from error
+        self._library.mat_attention_problem.restype = ctypes.c_char_p
+        self._library.mat_propagate.argtypes = (
+            *[ctypes.c_void_p] * 2,
+            *[ctypes.c_int32] * 5,
+            ctypes.c_void_p,
+        )
+
+    def attention(
+        self,
+        q: Tokens,
+        k: Tokens,
+        v: Tokens,
+        y: Tokens,
+        *,
+        shape: tuple[int, int, int],
+        heads: int,
+        head_size: int,
+        window: int,
+        shift: int,
+        dtype: str,
+        valid: int | None = None,
+        propagated: int | None = None,
+        stream: int = 0,
+    ) -> None:
+        """Masked window attention, and the mask behind it.
+
+        Args:
+            q: Queries, scaled by 1/√head_size already.
+            k: Keys.
+            v: Values.
+            y: Where the result goes.
+            shape: B, H and W; both sides are multiples of the window.
+            heads: Heads side by side in a token.
+            head_size: Features of a head, even and at most 32.
+            window: 8 or 16.
+            shift: Tokens the grid is rolled by, from 0 below the window.
+            dtype: One of TYPES, of q, k, v and y.
+            valid: Address of bytes [B, H·W], 1 valid; None where every token is.
+            propagated: Address for the mask behind the block, likewise; None if not wanted.
+            stream: A cudaStream_t.
+
+        Raises:
+            UserError: For a size or type that the kernels do not have.
+            RuntimeError: If the launch fails.
+        """
+        if dtype not in TYPES:
+            raise UserError(f"the kernels compute in {', '.join(TYPES)}, got '{dtype}'")
+        call = _Attention(
+            *(tokens.address for tokens in (q, k, v)),
+            valid,
+            y.address,
+            propagated,
+            *shape,
+            heads,
+            head_size,
+            window,
+            shift,
+            *(tokens.stride for tokens in (q, k, v, y)),
+            TYPES[dtype],
+        )
+        problem = self._library.mat_attention_problem(ctypes.byref(call))
+        if problem is not None:
+            raise UserError(f"masked window attention: {problem.decode()}")
+        status = self._library.mat_attention(ctypes.byref(call), ctypes.c_void_p(stream))
+        if status == _NOT_SUPPORTED:
+            raise UserError("bfloat16 needs a GPU of compute capability 8.0 or later")
+        _check(status)
+
+    def propagate(
+        self,
+        mask: int,
+        out: int,
+        *,
+        shape: tuple[int, int, int],
+        window: int,
+        shift: int,
+        stream: int = 0,
+    ) -> None:
+        """Mask propagation alone: every token of a window with a valid token is valid.
+
+        Args:
+            mask: Address of bytes [B, H·W], 1 valid.
+            out: Address for the result, another one.
+            shape: B, H and W; both sides are multiples of the window.
+            window: 8 or 16.
+            shift: Tokens the grid is rolled by, from 0 below the window.
+            stream: A cudaStream_t.
+
+        Raises:
+            RuntimeError: If the launch fails, or the sizes are none of these.
+        """
+        _check(self._library.mat_propagate(mask, out, *shape, window, shift, stream))
+
+
+def open_kernels(capability: tuple[int, int]) -> KernelLibrary:
+    """The kernels for a GPU, compiled if they are not in the user's cache folder yet.
+
+    Raises:
+        UserError: Without a compiler, or if it fails.
+    """
+    return KernelLibrary(compile_kernels(f"sm_{capability[0]}{capability[1]}"))
+
+
+def compile_kernels(architecture: str, *, folder: Path | None = None) -> Path:
+    """Compile the kernels, once for each state of their sources, architecture and compiler.
+
+    Args:
+        architecture: Such as ``sm_90``, from ``sm_75`` on.
+        folder: Where libraries are kept; by default the user's cache folder.
+
+    Returns:
+        The library.
+
+    Raises:
+        UserError: Without a compiler, or if it fails.
+    """
+    nvcc = find_nvcc()
+    arguments = (*_FLAGS, f"-arch={architecture}")
+    digest = _digest([nvcc, "--version"], arguments)
+    folder = cache_folder() / "kernels" if folder is None else folder
+    target = folder / f"libmat_kernels-{architecture}-{digest[:16]}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / target.name
+        command = [nvcc, *arguments, str(SOURCES / "kernels.cu"), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(
+                f"nvcc did not compile the kernels for {architecture}: "
+                f"{(done.stderr or done.stdout).strip()[-800:]}"
+            )
+        os.replace(made, target)
+    return target
+
+
+def find_nvcc() -> str:
+    """CUDA's compiler: on the PATH, or under CUDA_HOME.
+
+    Raises:
+        UserError: If there is none.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [] if home is None else [os.path.join(home, "bin")]
+    found = shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    if found is None:
+        raise UserError(
+            "CUDA's compiler nvcc is not on the PATH nor under CUDA_HOME: install the CUDA toolkit "
+            "to compile the kernels"
+        )
+    return found
+
+
+def _digest(version: Sequence[str], arguments: Sequence[str]) -> str:
+    """Of everything a library is made of."""
+    state = hashlib.sha256()
+    state.update(subprocess.run(version, capture_output=True, check=False).stdout)
+    state.update("\0".join(arguments).encode())
+    for name in _FILES:
+        state.update((SOURCES / name).read_bytes())
+    return state.hexdigest()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"a kernel was not launched: CUDA error {status}")

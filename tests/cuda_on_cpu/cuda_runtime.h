@@ -1,0 +1,139 @@
+// A GPU of paper: CUDA kernels run on one CPU thread, so that their arithmetic can be tested where
+// there is no GPU. Stands in for CUDA's headers; says nothing about speed, or about races.
+//
+// Every CUDA thread of a block is a fiber. A fiber yields where threads meet (barriers, shuffles,
+// tensor cores); since all of them meet in the same order, one round of the scheduler is a barrier.
+// Blocks run one after the other, so shared memory is static.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+using cudaStream_t = void*;
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorNotSupported = 801,
+};
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    return *value = 9, cudaSuccess;
+}
+
+namespace paper {
+
+struct Block {
+    std::vector<ucontext_t> fibers;
+    std::vector<std::vector<char>> stacks;
+    std::vector<bool> ended;
+    std::vector<uint32_t> slots;  // what each thread shows the others, 8 words a thread
+    ucontext_t scheduler;
+    unsigned current = 0;
+    std::function<void()> body;
+};
+
+inline Block block;
+inline dim3 thread_index, block_index;
+
+inline void yield() { swapcontext(&block.fibers[block.current], &block.scheduler); }
+
+inline void run_fiber() {
+    block.body();
+    block.ended[block.current] = true;
+    yield();
+}
+
+inline void run_block(int threads, std::function<void()> body) {
+    block.body = std::move(body);
+    block.fibers.assign(threads, {});
+    block.stacks.resize(threads);
+    block.ended.assign(threads, false);
+    block.slots.assign(8 * threads, 0);
+    for (int i = 0; i < threads; ++i) {
+        block.stacks[i].resize(64 << 10);
+        getcontext(&block.fibers[i]);
+        block.fibers[i].uc_stack.ss_sp = block.stacks[i].data();
+        block.fibers[i].uc_stack.ss_size = block.stacks[i].size();
+        block.fibers[i].uc_link = nullptr;
+        makecontext(&block.fibers[i], run_fiber, 0);
+    }
+    for (bool left = true; left;) {
+        left = false;
+        for (int i = 0; i < threads; ++i) {
+            if (block.ended[i]) continue;
+            block.current = i;
+            thread_index.x = i;
+            swapcontext(&block.scheduler, &block.fibers[i]);
+            left |= !block.ended[i];
+        }
+    }
+}
+
+// Show a word to the block; what another thread showed, once all have.
+inline void show(int slot, uint32_t word) { block.slots[8 * block.current + slot] = word; }
+inline uint32_t shown(unsigned thread, int slot) { return block.slots[8 * thread + slot]; }
+inline unsigned warp() { return block.current / 32 * 32; }
+
+}  // namespace paper
+
+#define threadIdx paper::thread_index
+#define blockIdx paper::block_index
+
+inline void __syncthreads() { paper::yield(); }
+
+inline int __syncthreads_or(int value) {
+    paper::show(0, value != 0);
+    paper::yield();
+    int any = 0;
+    for (unsigned i = 0; i < paper::block.fibers.size(); ++i) any |= paper::shown(i, 0);
+    paper::yield();
+    return any;
+}
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    paper::show(0, word);
+    paper::yield();
+    word = paper::shown(paper::block.current ^ mask, 0);
+    std::memcpy(&value, &word, 4);
+    paper::yield();
+    return value;
+}
+
+inline uint32_t __ldg(const uint32_t* pointer) { return *pointer; }
+inline float __expf(float x) { return std::exp(x); }
+
+template <typename... Arguments>
+void start(void (*kernel)(Arguments...), dim3 grid, int threads, cudaStream_t,
+           Arguments... arguments) {
+    for (unsigned z = 0; z < grid.z; ++z) {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) {
+                paper::block_index = dim3(x, y, z);
+                paper::run_block(threads, [&] { kernel(arguments...); });
+            }
+        }
+    }
+}
