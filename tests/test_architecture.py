@@ -91,10 +91,11 @@ def test_tensorrt_is_imported_in_engines_alone(package: str) -> None:
 
 _BLOCK = """
 import sys
+BLOCKED = {"torch", "onnxscript", "onnx_ir", "scipy", "skimage", "sklearn", "cv2", "hypothesis"}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        if top in {"torch", "onnxscript", "onnx_ir", "scipy", "skimage", "hypothesis"}:
+        if top in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=top)
 sys.meta_path.insert(0, Blocker())
 """
@@ -115,9 +116,18 @@ def bare(code: str, folder: Path | None = None) -> subprocess.CompletedProcess[s
 NEEDS_TORCH = {
     "mat_torch.attention",
     "mat_torch.checkpoint",
+    "mat_torch.discriminator",
+    "mat_torch.distributed",
+    "mat_torch.features",
     "mat_torch.generator",
     "mat_torch.layers",
+    "mat_torch.losses",
     "mat_torch.pickle_reader",
+    "mat_torch.training",
+    "mat_torch.training_draws",
+    "mat_torch.training_log",
+    "mat_torch.training_state",
+    "mat_torch.training_step",
     "mat_export.export",
     "mat_export.inference",
     "mat_export.ops",
@@ -143,7 +153,7 @@ def test_modules_that_run_models_import_with_the_base_dependencies_alone() -> No
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
     done = bare("import cli\nprint(sorted(m for m in sys.modules if '.' not in m))")
     assert done.returncode == 0, done.stderr
-    for heavy in ("numpy", "onnx", "onnxruntime", "torch", "PIL"):
+    for heavy in ("numpy", "onnx", "onnxruntime", "torch", "PIL", "sklearn", "cv2"):
         assert f"'{heavy}'" not in done.stdout
 
 

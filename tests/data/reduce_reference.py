@@ -7,6 +7,7 @@ README.md says what is kept and why.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,9 @@ def main(source: Path, target: Path) -> None:
     for name in GENERATORS:
         generator: Any = reduced_generator(load(name))
         np.savez_compressed(target / f"{name}.npz", **generator)
+    shutil.copyfile(source / "discriminator_256.npz", target / "discriminator_256.npz")
     models = json.loads((source / "state_dict_names.json").read_text())
-    for name in ("generator_256", "generator_512"):
+    for name in ("generator_256", "generator_512", "discriminator_256", "discriminator_512"):
         (target / f"{name}_names.txt").write_text(names_and_shapes(models[name]))
 
 
