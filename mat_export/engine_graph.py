@@ -8,6 +8,7 @@ Every TensorRT gets the same graph.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import onnx
@@ -27,10 +28,19 @@ from mat_export.parity import load_onnx
 from mat_export.precision import PRECISIONS, apply_precision
 from mat_export.resampling import resample_densely
 
-__all__ = ["ENGINE_PRECISIONS", "EngineGraph", "prepare_engine_graph", "spec_of"]
+__all__ = [
+    "ENGINE_PRECISIONS",
+    "PLUGIN_OPERATORS",
+    "EngineGraph",
+    "prepare_engine_graph",
+    "spec_of",
+]
 
 ENGINE_PRECISIONS = ("fp32", "tf32", *PRECISIONS)
 """What an engine may compute in; ``tf32`` is the FP32 graph on TF32 tensor cores."""
+
+PLUGIN_OPERATORS = frozenset(("MaskedWindowAttention", "WindowAttention", "MaskPropagation"))
+"""The operators that a plugin library has kernels for."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ def prepare_engine_graph(
     *,
     opset: int,
     mask_states: bool = False,
+    plugins: bool = False,
 ) -> EngineGraph:
     """Prepare an exported model for a TensorRT backend.
 
@@ -77,6 +88,8 @@ def prepare_engine_graph(
         precision: One of ENGINE_PRECISIONS.
         opset: The newest opset the backend parses.
         mask_states: Give the masks of stage one as outputs too, for a parity check.
+        plugins: Leave PLUGIN_OPERATORS to a plugin library: the graph calls them, and nothing in
+            it says what they do.
 
     Raises:
         UserError: If there is no such file, it is not ours, not in FP32, or cannot be lowered.
@@ -84,7 +97,12 @@ def prepare_engine_graph(
     if precision not in ENGINE_PRECISIONS:
         raise UserError(f"precision is one of {', '.join(ENGINE_PRECISIONS)}, got '{precision}'")
     return prepare_model(
-        load_onnx(path), precision, opset=opset, mask_states=mask_states, label=f"'{path}'"
+        load_onnx(path),
+        precision,
+        opset=opset,
+        mask_states=mask_states,
+        plugins=plugins,
+        label=f"'{path}'",
     )
 
 
@@ -94,6 +112,7 @@ def prepare_model(
     *,
     opset: int,
     mask_states: bool = False,
+    plugins: bool = False,
     label: str = "the model",
 ) -> EngineGraph:
     """`prepare_engine_graph` of a loaded model."""
@@ -107,7 +126,8 @@ def prepare_model(
         lower_opset(lowered, opset)
         del lowered.functions[:]
         lowered.functions.extend(function_library(opset, dynamic=spec.dynamic_size))
-    dense, resampled = resample_densely(inline_functions(lowered))
+    keep = PLUGIN_OPERATORS if plugins else frozenset[str]()
+    dense, resampled = resample_densely(inline_functions(lowered, keep=keep))
     dense, computed = compute_biases(dense)
     passes: dict[str, object] = {
         "inlined": True,
@@ -115,7 +135,7 @@ def prepare_model(
         "computed_biases": computed,
     }
     if precision in PRECISIONS:
-        typed = apply_precision(dense, precision)
+        typed = apply_precision(dense, precision, keep=keep)
         passes |= {
             "half_nodes": typed.half_nodes,
             "fp32_islands": typed.islands,
@@ -123,6 +143,10 @@ def prepare_model(
             "raised_floors": typed.floors,
         }
         dense = typed.model
+    if plugins:
+        calls = Counter(node.op_type for node in dense.graph.node)
+        passes["plugins"] = {name: calls[name] for name in sorted(PLUGIN_OPERATORS)}
+        del dense.functions[:]
     if mask_states:
         passes["mask_states"] = _give_mask_states(dense, spec)
     spec = spec.with_changes(precision=precision)

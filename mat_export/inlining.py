@@ -7,7 +7,7 @@ equal constants, and leaves out biases that are all zero (the regions of an unsh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,23 +21,32 @@ from mat_export.contract import OPERATOR_DOMAIN
 __all__ = ["inline_functions"]
 
 
-def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+def inline_functions(
+    model: onnx.ModelProto, *, keep: Collection[str] = frozenset()
+) -> onnx.ModelProto:
     """A copy of a model without functions.
 
+    Args:
+        model: Left as it is.
+        keep: Functions, by name, whose calls stay: a plugin will stand for them. The functions
+            themselves stay too, since they tell the types and shapes of what they give.
+
     Returns:
-        The same graph of standard operators alone; the original is left as it is.
+        The same graph of standard operators alone, and of calls of those that are kept.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    inliner = _Inliner(result)
+    inliner = _Inliner(result, keep)
     nodes = [part for node in model.graph.node for part in inliner.expand(node)]
     nodes = inliner.without_zero_biases(nodes)
-    del result.functions[:], result.graph.node[:], result.graph.value_info[:]
+    del result.graph.node[:], result.graph.value_info[:]
     result.graph.node.extend(nodes)
     _prune(result.graph)
-    kept = [o for o in result.opset_import if o.domain != OPERATOR_DOMAIN]
-    del result.opset_import[:]
-    result.opset_import.extend(kept)
+    if not any(node.domain == OPERATOR_DOMAIN for node in nodes):
+        del result.functions[:]
+        kept = [o for o in result.opset_import if o.domain != OPERATOR_DOMAIN]
+        del result.opset_import[:]
+        result.opset_import.extend(kept)
     # Inner tensors lost their shapes with the functions; find them again.
     return onnx.shape_inference.infer_shapes(result)
 
@@ -45,9 +54,9 @@ def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 class _Inliner:
     """The state of one pass: functions to expand, and constants made on the way."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, keep: Collection[str]) -> None:
         self._graph = model.graph
-        self._functions = {(f.domain, f.name): f for f in model.functions}
+        self._functions = {(f.domain, f.name): f for f in model.functions if f.name not in keep}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._values: dict[str, NDArray[Any]] = {}
         self._results: dict[tuple[str, ...], list[str]] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,12 +104,15 @@ class TypedModel:
     floors: int
 
 
-def apply_precision(model: onnx.ModelProto, precision: str) -> TypedModel:
+def apply_precision(
+    model: onnx.ModelProto, precision: str, *, keep: Collection[str] = frozenset()
+) -> TypedModel:
     """Type an FP32 graph.
 
     Args:
         model: A file of ``mat-export onnx``, in FP32.
         precision: ``fp16`` or ``bf16``.
+        keep: Functions whose calls stay, see ``inline_functions``.
 
     Raises:
         UserError: For another precision, or a model that is not ours or not in FP32.
@@ -120,7 +124,7 @@ def apply_precision(model: onnx.ModelProto, precision: str) -> TypedModel:
         raise UserError("not a model of mat-export: export one with 'mat-export onnx'")
     if spec.precision != "fp32":
         raise UserError(f"the model is in {spec.precision} already: start from the FP32 file")
-    typed = inline_functions(model)
+    typed = inline_functions(model, keep=keep)
     if precision == "bf16":
         _raise_opset(typed)
     spec.with_changes(precision=precision).write_to(typed)

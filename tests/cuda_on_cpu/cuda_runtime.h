@@ -28,6 +28,7 @@ struct dim3 {
 };
 
 using cudaStream_t = void*;
+using cudaEvent_t = void*;
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import onnx
 import pytest
 
 from mat_export.bench import example_inputs
-from mat_export.contract import GraphSpec, UserError, mask_state_names
-from mat_export.engine_graph import prepare_engine_graph, spec_of
+from mat_export.contract import OPERATOR_DOMAIN, GraphSpec, UserError, mask_state_names
+from mat_export.engine_graph import PLUGIN_OPERATORS, prepare_engine_graph, spec_of
+from mat_export.functions import function_library
 from mat_export.parity import compare
 from mat_export.runners import OrtRunner
 
@@ -93,3 +95,28 @@ def test_the_source_is_left_as_it_is(tiny_onnx: Path) -> None:
     spec = GraphSpec.from_metadata(metadata)
     assert spec is not None
     assert spec.precision == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_with_plugins_the_operators_are_calls_of_what_their_functions_say(
+    tiny_onnx: Path, precision: str
+) -> None:
+    plain = prepare_engine_graph(tiny_onnx, precision, opset=17)
+    graph = prepare_engine_graph(tiny_onnx, precision, opset=17, plugins=True)
+    called = Counter(n.op_type for n in graph.model.graph.node if n.domain == OPERATOR_DOMAIN)
+    assert set(called) == PLUGIN_OPERATORS
+    assert graph.passes["plugins"] == called
+    assert called["MaskedWindowAttention"] + called["WindowAttention"] == 14
+    assert not graph.model.functions
+    assert len(graph.model.graph.node) < 0.75 * len(plain.model.graph.node)
+    # With the functions back it is a graph that anyone runs, and the picture is the same.
+    graph.model.functions.extend(function_library(17, dynamic=False))
+    inputs = example_inputs(graph.spec, 1)
+    hole = inputs["mask"][:, 0] < 0.5
+    with OrtRunner(plain.model.SerializeToString()) as a:
+        expected = a.run(inputs)["output"]
+    with OrtRunner(graph.model.SerializeToString()) as b:
+        found = b.run(inputs)["output"]
+    psnr = compare(expected, found, hole[0]).psnr
+    assert psnr is not None
+    assert psnr >= (100.0 if precision == "fp32" else 55.0)

@@ -1,0 +1,96 @@
+// Plays TensorRT's part for the plugins of 8.6: finds a creator, makes a plugin of a node's
+// attributes, asks for formats and shapes, runs it, clones it, serializes it and reads it back.
+// Compiled together with the plugins and the kernels on the CPU (`cuda_on_cpu`).
+#include <NvInferRuntime.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+using namespace nvinfer1;
+
+extern "C" IPluginCreator* const* getPluginCreators(int32_t& count);
+
+namespace {
+
+IPluginCreator* creator_of(char const* name) {
+    int32_t count = 0;
+    IPluginCreator* const* all = getPluginCreators(count);
+    for (int32_t i = 0; i < count; ++i) {
+        if (std::strcmp(all[i]->getPluginName(), name) == 0) return all[i];
+    }
+    return nullptr;
+}
+
+IPluginV2DynamicExt* made(IPluginCreator* creator, int32_t window, int32_t shift, int32_t heads) {
+    const int32_t side = 64;  // of the grid: in a node, and none of the plugin's business
+    std::vector<PluginField> fields = {{"window", &window, PluginFieldType::kINT32, 1},
+                                       {"height", &side, PluginFieldType::kINT32, 1},
+                                       {"shift", &shift, PluginFieldType::kINT32, 1}};
+    if (heads) fields.emplace_back("heads", &heads, PluginFieldType::kINT32, 1);
+    PluginFieldCollection given{static_cast<int32_t>(fields.size()), fields.data()};
+    return static_cast<IPluginV2DynamicExt*>(creator->createPlugin("node", &given));
+}
+
+}  // namespace
+
+// Runs an operator through every stage of a plugin's life. Shapes are 4 numbers a tensor; types are
+// TensorRT's. Returns 0, the status of the kernel, or the number of the stage that went wrong.
+extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t heads, int32_t inputs,
+                    int32_t const* shapes, int32_t const* types, void const* const* in, void* out) {
+    IPluginCreator* creator = creator_of(name);
+    if (creator == nullptr) return -1;
+    IPluginV2DynamicExt* first = made(creator, window, shift, heads);
+    if (first == nullptr) return -2;
+
+    std::vector<PluginTensorDesc> tensors(inputs + 1);
+    std::vector<DynamicPluginTensorDesc> ranges(inputs + 1);
+    for (int32_t i = 0; i <= inputs; ++i) {
+        const int32_t like = i < inputs ? i : 0;
+        tensors[i].dims.nbDims = 4;
+        for (int32_t j = 0; j < 4; ++j) tensors[i].dims.d[j] = shapes[4 * like + j];
+        tensors[i].type = static_cast<DataType>(types[like]);
+        tensors[i].format = TensorFormat::kLINEAR;
+        ranges[i] = {tensors[i], tensors[i].dims, tensors[i].dims};
+    }
+    for (int32_t i = 0; i <= inputs; ++i) {
+        if (!first->supportsFormatCombination(i, tensors.data(), inputs, 1)) return -3;
+        PluginTensorDesc saved = tensors[i];
+        tensors[i].format = TensorFormat::kCHW32;
+        if (first->supportsFormatCombination(i, tensors.data(), inputs, 1)) return -4;
+        tensors[i] = saved;
+        tensors[i].type = DataType::kINT8;
+        if (first->supportsFormatCombination(i, tensors.data(), inputs, 1)) return -5;
+        tensors[i] = saved;
+    }
+    std::vector<DataType> given;
+    for (int32_t i = 0; i < inputs; ++i) given.push_back(tensors[i].type);
+    if (first->getOutputDataType(0, given.data(), inputs) != tensors[inputs].type) return -6;
+    first->configurePlugin(ranges.data(), inputs, &ranges[inputs], 1);
+    if (first->getWorkspaceSize(tensors.data(), inputs, &tensors[inputs], 1) != 0) return -7;
+
+    // An engine holds what was serialized; each of its contexts a clone of that.
+    std::vector<char> held(first->getSerializationSize());
+    first->serialize(held.data());
+    if (creator->deserializePlugin("node", held.data(), held.size() - 1) != nullptr) return -8;
+    auto* read =
+        static_cast<IPluginV2DynamicExt*>(creator->deserializePlugin("node", held.data(), held.size()));
+    first->destroy();
+    if (read == nullptr || std::strcmp(read->getPluginType(), name) != 0) return -9;
+    read->setPluginNamespace("mat");
+    IPluginV2DynamicExt* clone = read->clone();
+    read->destroy();
+    if (std::strcmp(clone->getPluginNamespace(), "mat") != 0) return -10;
+    if (clone->getNbOutputs() != 1 || clone->initialize() != 0) return -11;
+    void* outputs[] = {out};
+    const int32_t status =
+        clone->enqueue(tensors.data(), &tensors[inputs], in, outputs, nullptr, nullptr);
+    clone->terminate();
+    clone->destroy();
+    return status;
+}
+
+// Whether a node with these attributes is refused.
+extern "C" int refused(char const* name, int32_t window, int32_t shift, int32_t heads) {
+    return made(creator_of(name), window, shift, heads) == nullptr;
+}
