@@ -13,6 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engines.options import BACKENDS, BuildOptions, capability_of, parse_target
@@ -95,6 +96,10 @@ class Absent:
 
     name: str
     why: str
+
+
+_LOADED: set[Path] = set()
+"""Plugin libraries in this process, which TensorRT takes once only."""
 
 
 class Progress:
@@ -290,6 +295,26 @@ class Backend:
                     f"{', '.join(known) or 'none'}"
                 )
         return sum(1 << int(known[name]) for name in names)
+
+    # -- plugins -----------------------------------------------------------------------------------
+
+    def load_plugins(self, library: Path) -> None:
+        """Make the operators of a plugin library known in this process; again does nothing.
+
+        Raises:
+            UserError: If it is not there, or is no plugin library of this TensorRT.
+        """
+        path = library.absolute()
+        if path in _LOADED:
+            return
+        if not path.is_file():
+            raise UserError(f"there is no plugin library '{library}'")
+        logger = self._logger()
+        if self.module.get_plugin_registry().load_library(str(path)) is None:
+            raise UserError(
+                f"'{library}' is no plugin library for {self.label}: {_reason(logger.errors)}"
+            )
+        _LOADED.add(path)
 
     # -- building ----------------------------------------------------------------------------------
 
@@ -603,6 +628,9 @@ class _TensorRTRtx(Backend):
     builds_without_gpu = True
     # It times nothing; and asking for a cache makes a build look for a GPU.
     has_timing_cache = False
+
+    def load_plugins(self, library: Path) -> None:
+        raise UserError(f"{self.label} takes no plugins: leave the operators to their functions")
 
     @property
     def targets(self) -> tuple[str, ...]:

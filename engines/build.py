@@ -149,6 +149,7 @@ def build_engine(
             profiles=request["profiles"],
             cache=cache if backend.has_timing_cache else None,
             inspect=_can_inspect(resolved, gpu),
+            plugin=None if given.get("plugin") is None else Path(given["plugin"]["path"]),
         ),
         backend.label,
         progress,

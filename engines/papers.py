@@ -156,6 +156,8 @@ def open_plan(path: _PATH) -> OpenedPlan:
     _check_version(path, backend, request["version"], options, again)
     notes = _check_gpu(path, backend, request, options, again)
     backend.allow_host_code = options.version_compatible
+    if manifest["sources"].get("plugin") is not None:
+        backend.load_plugins(Path(manifest["sources"]["plugin"]["path"]))
     spec = GraphSpec.from_json(json.dumps(manifest["graph"]))
     return OpenedPlan(path, plan, spec, backend, manifest, tuple(notes))
 

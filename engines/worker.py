@@ -57,12 +57,14 @@ class Request:
         profiles: Shapes of every dynamic input.
         cache: The timing cache's file, or None to keep none.
         inspect: Load the plan on this machine's GPU when it is built, and tell its layers.
+        plugin: The library of the operators that the model calls, or None.
     """
 
     options: BuildOptions
     profiles: Profiles
     cache: Path | None
     inspect: bool
+    plugin: Path | None = None
 
     def to_json(self) -> str:
         """Text that from_json reads back."""
@@ -72,6 +74,7 @@ class Request:
                 "profiles": self.profiles,
                 "cache": None if self.cache is None else str(self.cache),
                 "inspect": self.inspect,
+                "plugin": None if self.plugin is None else str(self.plugin),
             }
         )
 
@@ -87,6 +90,7 @@ class Request:
             },
             cache=None if entries["cache"] is None else Path(entries["cache"]),
             inspect=entries["inspect"],
+            plugin=None if entries["plugin"] is None else Path(entries["plugin"]),
         )
 
 
@@ -124,6 +128,8 @@ class _State:
 def _build(folder: Path, events: _Events, state: _State) -> dict[str, Any]:
     request = Request.from_json((folder / REQUEST).read_text(encoding="utf-8"))
     backend = open_backend(request.options.backend, target=request.options.target)
+    if request.plugin is not None:
+        backend.load_plugins(request.plugin)
     progress = Percentage(lambda phase, done, total: events.tell(progress=[phase, done, total]))
 
     def log(severity: str, text: str) -> None:

@@ -15,7 +15,7 @@ import time
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["GPU", "make_tensorrt", "write_module"]
 
@@ -394,4 +394,12 @@ def _add_runtime(members: dict[str, Any], severity: Any, old: bool, keeps_refit:
         def refit_cuda_engine(self) -> bool:
             return True
 
+    class Registry:
+        loaded: ClassVar[list[str]] = []
+
+        def load_library(self, path: str) -> Any:
+            self.loaded.append(path)
+            return SimpleNamespace() if Path(path).read_bytes().endswith(b"code") else None
+
     members |= {"Runtime": Runtime, "Refitter": Refitter}
+    members["get_plugin_registry"] = Registry

@@ -26,6 +26,7 @@ from engines.build import build_engine, timing_cache_path
 from engines.options import BuildOptions
 from engines.worker import CacheFile, CacheKeeper, Percentage
 from mat_export.contract import METADATA_KEY, GraphSpec, UserError
+from mat_export.files import file_digest
 from mat_torch import Checkpoint, preset
 
 TINY = GraphSpec(preset("mat-tiny-256"))
@@ -415,6 +416,30 @@ def test_a_builder_that_does_not_start_is_no_crash(install: Install) -> None:
     message = "does not start on this machine: CUDA .* the NVIDIA driver is missing or too old"
     with pytest.raises(UserError, match=message):
         configured(open_backend("tensorrt"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_build_loads_the_plugins_it_was_given(install: Install, tmp_path: Path) -> None:
+    install("8.6.0")
+    library = tmp_path / "libmat.so"
+    library.write_bytes(b"code")
+    plugin = {"path": str(library), "sha256": file_digest(library)}
+    given = {"plugin": plugin}
+    report = build_engine(model_of(), tmp_path / "a.plan", BuildOptions(), sources=given)
+    assert report.manifest["request"]["plugin"] == plugin["sha256"]
+    library.write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"is no plugin library for TensorRT 8\.6\.0"):
+        build_engine(model_of(), tmp_path / "b.plan", BuildOptions(), sources=given)
+    library.unlink()
+    with pytest.raises(UserError, match="there is no plugin library"):
+        build_engine(model_of(), tmp_path / "b.plan", BuildOptions(), sources=given)
+    assert not (tmp_path / "b.plan").exists()
+
+
+def test_rtx_takes_no_plugins(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    with pytest.raises(UserError, match="takes no plugins"):
+        open_backend("tensorrt-rtx", target="sm_89").load_plugins(tmp_path / "libmat.so")
 
 
 def test_a_build_can_be_cancelled_where_there_is_a_monitor(install: Install) -> None:

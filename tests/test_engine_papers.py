@@ -187,11 +187,21 @@ def test_a_plugin_has_to_be_there_as_it_was(save: Save, tmp_path: Path) -> None:
     library = tmp_path / "libmat.so"
     library.write_bytes(b"code")
     path = save(plugin={"path": str(library), "sha256": file_digest(library)})
-    assert open_plan(path).plan
+    backend = open_plan(path).backend
+    open_plan(path)  # a second engine of the same library
+    loaded = backend.module.get_plugin_registry().loaded
+    assert loaded == [str(library)]
     library.write_bytes(b"other code")
     assert "another plugin" in refusal(path)
     library.unlink()
     assert "which is not there" in refusal(path)
+
+
+def test_a_library_that_is_no_plugin_is_refused(save: Save, tmp_path: Path) -> None:
+    library = tmp_path / "libother.so"
+    library.write_bytes(b"something else")
+    path = save(plugin={"path": str(library), "sha256": file_digest(library)})
+    assert "is no plugin library" in refusal(path)
 
 
 def test_a_truncated_plan_says_how_much_there_is(save: Save) -> None:
