@@ -90,6 +90,14 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+class MaskKind(str, Enum):
+    """What masks training draws."""
+
+    large = "large"
+    small = "small"
+    mixed = "mixed"
+
+
 class Hole(str, Enum):
     """Colour of the hole in a mask picture."""
 
@@ -367,8 +375,10 @@ def refit(
         graph = prepare_engine_graph(checkpoint, precision, opset=opset, mask_states=states)
     else:
         weights = _weights(checkpoint, None, None, key)
+        from mat_export.contract import require_exportable
         from mat_export.export import build_model
 
+        require_exportable(weights.config)
         if weights.config != opened.spec.config:
             raise UserError(
                 f"'{checkpoint}' is of {weights.config.name} and the engine of "
@@ -599,6 +609,167 @@ def inpaint(
         note(f"failed: {outcome.source.name}: {outcome.error}")
     if failed:
         raise typer.Exit(2)
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Pictures: a folder, a .tar, or a folder of them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the run is kept.")],
+    preset: Annotated[
+        str, typer.Option(help="published, or small (the default model's).")
+    ] = "small",
+    network: Annotated[
+        str | None, typer.Option(help="Another network for it: mat-512, mat-256, mat-tiny-256.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a value of the preset."),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Length of the run. [default: the preset's]")
+    ] = None,
+    masks: Annotated[MaskKind, typer.Option(help="Kind of the masks.")] = MaskKind.large,
+    share: Annotated[
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help="Crops' side as a share of the picture's."),
+    ] = None,
+    jitter: Annotated[float, typer.Option(help="Change of colours, 0 to below 1.")] = 0.0,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="Bring pictures down to this side first.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare samples.")] = 4,
+    vgg: Annotated[
+        Path | None,
+        typer.Option(help="VGG-19 weights, the published loss. [default: EfficientNet-Lite0]"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the averaged generator here at the end.")
+    ] = None,
+) -> None:
+    """Train a model on pictures; Ctrl-C saves, and --resume goes on exactly."""
+    from dataclasses import replace
+
+    from mat_export.console import note
+    from mat_export.contract import UserError
+    from mat_export.files import require_writable
+    from mat_torch.config import ConfigError
+    from mat_torch.config import preset as network_preset
+    from mat_torch.data import CropOptions, DataError
+    from mat_torch.training_options import TrainingError, training_preset
+    from mat_torch.training_run import TrainingData, changed, run_training
+
+    if export is not None:
+        require_writable(export)
+    try:
+        options = changed(training_preset(preset), settings or ())
+        if network is not None:
+            options = replace(options, config=network_preset(network))
+        options = options if images is None else replace(options, images=images)
+        crops = CropOptions(share=_share(share), jitter=jitter, masks=masks.value)
+        pictures = TrainingData(data, crops, max_side=max_side, workers=workers)
+        state = run_training(options, pictures, output, vgg=vgg, resume=resume, report=note)
+        if export is not None:
+            from mat_torch.training import export_ema
+
+            export_ema(state, export)
+            note(f"wrote {export}")
+    except (TrainingError, DataError, ConfigError) as error:
+        raise UserError(str(error)) from error
+    except ValueError as error:  # FeatureError, whose module needs torch
+        if type(error).__name__ != "FeatureError":
+            raise
+        raise UserError(str(error)) from error
+    if state.counters.images < options.images:
+        note(f"stopped after {state.counters.images} images: --resume goes on from there")
+        raise typer.Exit(130)
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    data: Annotated[Path, typer.Option(help="Pictures: a folder, a .tar, or a folder of them.")],
+    models: Annotated[
+        list[Path] | None,
+        typer.Option("--model", help="A model file, several times if you like. [default: ours]"),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="OpenCV's two classical methods too.")
+    ] = False,
+    count: Annotated[
+        int | None, typer.Option(min=2, help="Crops in all. [default: one a picture]")
+    ] = None,
+    masks: Annotated[MaskKind, typer.Option(help="large or small.")] = MaskKind.large,
+    answers: Annotated[
+        int, typer.Option(min=1, help="Fillings of each hole; two or more tell diversity.")
+    ] = 1,
+    features: Annotated[
+        Path | None, typer.Option(help="Inception weights, for FID. [default: EfficientNet-Lite0]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures filled at once.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of crops, masks and answers.")] = 0,
+    truncation: Annotated[float, typer.Option(help="psi.")] = 1.0,
+    by_bin: Annotated[bool, typer.Option("--by-bin", help="By size of the hole too.")] = False,
+    json_file: JsonOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure models on photographs: feature distance, PSNR, SSIM and more, in one table."""
+    import contextlib
+    import json
+
+    from mat_export.console import tracker
+    from mat_export.contract import UserError
+    from mat_export.evaluating import EvaluationSet, evaluate_all, runner_fill
+    from mat_export.files import atomic_write, require_other, require_writable
+    from mat_torch.evaluation import EvaluationError, comparison_table, opencv_fill
+
+    if masks is MaskKind.mixed:
+        raise UserError("an evaluation has --masks large or small")
+    if json_file is not None:
+        require_other(json_file, *(models or ()))
+        require_writable(json_file)
+    with contextlib.ExitStack() as stack:
+        chosen: list[Path | None] = [*models] if models else [None]
+        runners = {
+            path.name if path else "default model": stack.enter_context(_runner(path, threads))
+            for path in chosen
+        }
+        sides = {runner.spec.config.resolution for runner in runners.values()}
+        if len(sides) > 1:
+            raise UserError(f"the models are of different native sizes: {sorted(sides)}")
+        pictures = EvaluationSet(data, sides.pop(), count, masks=masks.value, seed=seed)
+        methods = {n: runner_fill(r, truncation=truncation) for n, r in runners.items()}
+        try:
+            if baselines:
+                methods["Telea"] = opencv_fill("telea")
+                methods["Navier-Stokes"] = opencv_fill("navier-stokes")
+        except EvaluationError as error:
+            raise UserError(str(error)) from error
+        with tracker("evaluate") as progress:
+            results = evaluate_all(
+                methods,
+                pictures,
+                features=features,
+                batch=batch,
+                seed=seed,
+                answers=answers,
+                progress=progress,
+            )
+    typer.echo(comparison_table(results, by_bin=by_bin))
+    if json_file is not None:
+        atomic_write(json_file, json.dumps([r.to_dict() for r in results], indent=2) + "\n")
+
+
+def _share(text: str | None) -> tuple[float, float] | None:
+    """``LOW:HIGH`` as numbers."""
+    if text is None:
+        return None
+    from mat_export.contract import UserError
+
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UserError(f"--share is LOW:HIGH, such as 0.3:1, got '{text}'") from error
+    return low, high
 
 
 @app.command()

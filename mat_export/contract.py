@@ -29,6 +29,7 @@ __all__ = [
     "axes_of_size",
     "check_inputs",
     "mask_state_names",
+    "require_exportable",
 ]
 
 METADATA_KEY = "mat.graph"
@@ -264,6 +265,15 @@ def mask_state_names(config: GeneratorConfig) -> tuple[str, ...]:
         "tran.1.downsample",
         *(f"tran.1.blocks.{j}" for j in range(config.depths[1])),
     )
+
+
+def require_exportable(config: GeneratorConfig) -> None:
+    """Raise UserError unless a network is the published one, whatever its sizes."""
+    if config.ablations:
+        raise UserError(
+            f"only the published network can be exported and '{config.name}' has "
+            f"{config.describe_ablations()}: run it in PyTorch (mat_torch.Generator)"
+        )
 
 
 # -- holding arrays against it ---------------------------------------------------------------------

@@ -22,7 +22,14 @@ import torch
 from onnxscript import values
 
 from mat_export import functions, ops
-from mat_export.contract import METADATA_KEY, OPERATOR_DOMAIN, GraphSpec, TensorSpec, UserError
+from mat_export.contract import (
+    METADATA_KEY,
+    OPERATOR_DOMAIN,
+    GraphSpec,
+    TensorSpec,
+    UserError,
+    require_exportable,
+)
 from mat_export.files import require_writable
 from mat_export.inference import InferenceGenerator, rewrite_counts
 from mat_export.inlining import inline_functions
@@ -82,9 +89,11 @@ def export_onnx(
         progress: Called with a line as each step begins.
 
     Raises:
-        UserError: For an opset out of range, or a folder that cannot be written.
+        UserError: For an ablation of the network, an opset out of range, or a folder that cannot
+            be written.
     """
     start = time.perf_counter()
+    require_exportable(checkpoint.config)
     require_writable(path)
     spec = (spec or GraphSpec(checkpoint.config)).with_changes(
         checkpoint=checkpoint.digest, source=checkpoint.source
@@ -123,7 +132,12 @@ def build_model(
     opset: int = DEFAULT_OPSET,
     progress: Progress = lambda message: None,
 ) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """The ONNX model of a checkpoint, and where each rewrite was applied."""
+    """The ONNX model of a checkpoint, and where each rewrite was applied.
+
+    Raises:
+        UserError: For an ablation of the network, or an opset out of range.
+    """
+    require_exportable(checkpoint.config)
     if not LOWEST_OPSET <= opset <= DEFAULT_OPSET:
         raise UserError(f"opset {opset} is not from {LOWEST_OPSET} to {DEFAULT_OPSET}")
     progress("rewriting the model into its inference form")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mat_export import ops
-from mat_export.contract import GraphSpec
+from mat_export.contract import GraphSpec, require_exportable
 from mat_export.pixels import KEEP_THRESHOLD
 from mat_torch import generator as reference
 from mat_torch import layers
@@ -347,7 +347,9 @@ class TokenStage(nn.Module):
 
     def __init__(self, stage: reference.TokenStage) -> None:
         super().__init__()
-        self.downsample = None if stage.downsample is None else PartialConv(stage.downsample.conv)
+        self.downsample = None
+        if stage.downsample is not None:
+            self.downsample = PartialConv(_as(reference.Resample, stage.downsample).conv)
         self.blocks = nn.ModuleList(FusedBlock(block) for block in _all_as(Block, stage.blocks))
         self.conv = PartialConv(stage.conv)
 
@@ -814,12 +816,16 @@ class InferenceGenerator(nn.Module):
     Args:
         generator: The training form; its weights are copied.
         spec: What the graph takes and gives.
+
+    Raises:
+        UserError: If the generator is an ablation of the published network.
     """
 
     rewrites: ClassVar = ("select-composite", "composite-once")
 
     def __init__(self, generator: reference.Generator, spec: GraphSpec) -> None:
         super().__init__()
+        require_exportable(generator.config)
         self.spec = spec
         self.mapping = Mapping(generator.mapping)
         with torch.no_grad():

@@ -155,10 +155,12 @@ def _describe_checkpoint(file: Path) -> Facts:
     from mat_export.runners import read_checkpoint
 
     checkpoint = read_checkpoint(file)
+    config = checkpoint.config
     parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    network = f"{config.name}, native size {config.resolution}"
     return {
         "kind": "checkpoint",
-        "network": f"{checkpoint.config.name}, native size {checkpoint.config.resolution}",
+        "network": ", ".join(filter(None, (network, config.describe_ablations()))),
         "values": f"{parameters / 1e6:.1f} M in {len(checkpoint.tensors)} tensors",
         "digest": checkpoint.digest,
         "source": checkpoint.source,

@@ -15,7 +15,9 @@ from mat_torch.layers import Linear
 
 __all__ = [
     "Block",
+    "Mlp",
     "MultiHeadAttention",
+    "WindowBlock",
     "effective_window",
     "mask_propagation",
     "masked_window_attention",
@@ -141,11 +143,17 @@ def mask_propagation(valid: Tensor, *, window: int, shift: int) -> Tensor:
 
 
 class MultiHeadAttention(nn.Module):
-    """q and k from ``x/max(‖x‖₂, 1e-12)`` per token, v from x; output Linear. [B, H, W, C]."""
+    """q and k from ``x/max(‖x‖₂, 1e-12)`` per token, v from x; output Linear. [B, H, W, C].
 
-    def __init__(self, dim: int, heads: int) -> None:
+    Args:
+        dim: Channels C.
+        heads: Attention heads.
+        unit: Whether q and k come from unit tokens; else from x, which the caller has normalised.
+    """
+
+    def __init__(self, dim: int, heads: int, *, unit: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.unit = heads, unit
         self.scale = (dim // heads) ** -0.5
         self.q = Linear(dim, dim)
         self.k = Linear(dim, dim)
@@ -155,7 +163,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Tensor, valid: Tensor | None, window: int, shift: int, regions: Tensor | None
     ) -> Tensor:
-        unit = F.normalize(x, p=2.0, dim=-1, eps=1e-12)
+        unit = F.normalize(x, p=2.0, dim=-1, eps=1e-12) if self.unit else x
         y = masked_window_attention(
             self.q(unit) * self.scale,
             self.k(unit),
@@ -183,8 +191,8 @@ class Mlp(nn.Module):
         return y
 
 
-class Block(nn.Module):
-    """``x' = lrelu(fuse([x, attention(x)]))``, ``mlp(x')``: no norm, no residual (equation 2).
+class WindowBlock(nn.Module):
+    """What every block over windows has: attention, and the mask's propagation after it.
 
     Args:
         dim: Channels C.
@@ -192,24 +200,42 @@ class Block(nn.Module):
         window: Window side in tokens.
         shift: Cyclic shift in tokens.
         grid: Tokens a side at the native size, whose region bias is kept ready.
+        unit: As in MultiHeadAttention.
     """
 
-    def __init__(self, dim: int, heads: int, *, window: int, shift: int, grid: int) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, window: int, shift: int, grid: int, unit: bool = True
+    ) -> None:
         super().__init__()
         self.window, self.shift, self.grid = window, shift, grid
-        self.attn = MultiHeadAttention(dim, heads)
-        self.fuse = Linear(2 * dim, dim, activation=True)
-        self.mlp = Mlp(dim)
+        self.attn = MultiHeadAttention(dim, heads, unit=unit)
         self.regions: Tensor | None
         _, native_shift = effective_window(grid, grid, window, shift)
         bias = region_bias(grid, grid, window, shift) if native_shift else None
         self.register_buffer("regions", bias, persistent=False)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def attend(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Attention within this block's windows: [B, H, W, C] → [B, H, W, C]."""
         native = x.shape[1] == self.grid and x.shape[2] == self.grid
         regions = self.regions if native else None
-        y = self.attn(x, valid, self.window, self.shift, regions)
-        y = self.mlp(self.fuse(torch.cat([x, y], dim=-1)))
+        y: Tensor = self.attn(x, valid, self.window, self.shift, regions)
+        return y
+
+    def propagate(self, valid: Tensor | None) -> Tensor | None:
+        """The validity after this block, if there is any."""
         if valid is None:
-            return y, None
-        return y, mask_propagation(valid, window=self.window, shift=self.shift)
+            return None
+        return mask_propagation(valid, window=self.window, shift=self.shift)
+
+
+class Block(WindowBlock):
+    """``x' = lrelu(fuse([x, attention(x)]))``, ``mlp(x')``: no norm, no residual (equation 2)."""
+
+    def __init__(self, dim: int, heads: int, *, window: int, shift: int, grid: int) -> None:
+        super().__init__(dim, heads, window=window, shift=shift, grid=grid)
+        self.fuse = Linear(2 * dim, dim, activation=True)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        y = self.mlp(self.fuse(torch.cat([x, self.attend(x, valid)], dim=-1)))
+        return y, self.propagate(valid)

@@ -24,7 +24,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from mat_torch.config import PRESETS, ConfigError, GeneratorConfig
+from mat_torch.config import CHOICES, PRESETS, ConfigError, GeneratorConfig
 from mat_torch.generator import Generator
 from mat_torch.pickle_reader import (
     Module,
@@ -207,8 +207,8 @@ def _scale(name: str) -> tuple[float, float]:
     """Factor and offset for the draws of this kind of tensor (learning rates are equalized)."""
     if name.endswith(("noise_strength", "w_avg")):
         return 0.1, 0.0
-    if name.endswith("affine.bias"):
-        return 0.1, 1.0  # the neutral style is 1
+    if name.endswith(("affine.bias", "norm1.weight", "norm2.weight")):
+        return 0.1, 1.0  # the neutral style is 1, and so is a norm's scale
     if name.startswith("mapping."):
         return (100.0 if name.endswith("weight") else 5.0), 0.0  # learning rate 0.01
     return (0.1 if name.endswith("bias") else 1.0), 0.0
@@ -285,8 +285,7 @@ def _config(text: str, tensors: int) -> GeneratorConfig:
         config = GeneratorConfig.from_json(text)
     except ConfigError as error:
         raise CheckpointError(f"its '{_CONFIG_KEY}' is no usable configuration: {error}") from error
-    fields = asdict(config)
-    del fields["name"]
+    fields = {k: v for k, v in asdict(config).items() if k not in ("name", *CHOICES)}
     numbers = [*fields.pop("depths"), *fields.pop("windows"), *fields.values()]
     if max(numbers) > _MAX_SIZE:
         raise CheckpointError(f"its '{_CONFIG_KEY}' has whole numbers over {_MAX_SIZE}")

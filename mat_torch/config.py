@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "BOTTLENECK",
+    "CHOICES",
     "DEMODULATION_EPS",
     "LRELU_SLOPE",
     "MASKED_LOGIT",
@@ -33,6 +34,16 @@ TOKEN_GRID = 64
 BOTTLENECK = 16
 """Side of the smallest feature grid of both stages at the native size."""
 
+CHOICES: dict[str, tuple[str, str]] = {
+    "attention": ("masked", "plain"),
+    "block": ("mat", "layernorm"),
+    "body": ("transformer", "convolution"),
+    "style": ("full", "none"),
+    "tokens": ("convolution", "linear"),
+}
+"""The published choice of each part that can be left out, and what is in its place without it
+(`mat_torch.ablations` says how each is built)."""
+
 
 class ConfigError(ValueError):
     """A configuration that describes no network we can build."""
@@ -54,9 +65,14 @@ class GeneratorConfig:
         base_channels: Stage two has ``min(max_channels, base_channels / r)`` channels at side r.
         max_channels: Upper limit of that.
         mapping_layers: Linear layers from z to w.
+        attention: ``masked``, or ``plain``: the mask ends where tokens begin.
+        block: ``mat``, or ``layernorm``: norms and residuals in place of the concatenation.
+        body: ``transformer``, or ``convolution``: a residual block for each transformer block.
+        style: ``full``, or ``none``: decoders without styles, so that z and both gates are unused.
+        tokens: ``convolution``, or ``linear``: patch projections make and resample the tokens.
 
     Raises:
-        ConfigError: If the sizes contradict each other.
+        ConfigError: If the sizes or choices contradict each other.
     """
 
     name: str
@@ -69,6 +85,11 @@ class GeneratorConfig:
     base_channels: int = 32768
     max_channels: int = 512
     mapping_layers: int = 8
+    attention: str = "masked"
+    block: str = "mat"
+    body: str = "transformer"
+    style: str = "full"
+    tokens: str = "convolution"
 
     def __post_init__(self) -> None:
         numbers = [getattr(self, f.name) for f in fields(self) if f.type == "int"]
@@ -86,11 +107,36 @@ class GeneratorConfig:
         for grid, window in zip(self.stage_grids, self.windows, strict=True):
             if window < 2 or window % 2 or grid % window:
                 raise ConfigError(f"window {window} does not tile a grid of {grid} tokens a side")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        for name, (published, other) in CHOICES.items():
+            value = getattr(self, name)
+            if value not in (published, other):
+                raise ConfigError(f"{name} is '{published}' or '{other}', got {value!r}")
+        if self.body == "convolution" and (self.attention != "masked" or self.block != "mat"):
+            raise ConfigError(
+                "a body of 'convolution' has no attention and no transformer blocks: "
+                "leave attention and block at 'masked' and 'mat' with it"
+            )
 
     def _has_tuples(self) -> bool:
         return isinstance(self.depths, tuple) and isinstance(self.windows, tuple)
 
     # -- what follows from the sizes ------------------------------------------------------------
+
+    @property
+    def ablations(self) -> dict[str, str]:
+        """The choices that are not published, by field; empty for the published network."""
+        return {
+            name: getattr(self, name)
+            for name, (published, _) in CHOICES.items()
+            if getattr(self, name) != published
+        }
+
+    def describe_ablations(self) -> str:
+        """Like ``attention='plain', style='none'``; empty for the published network."""
+        return ", ".join(f"{name}='{value}'" for name, value in self.ablations.items())
 
     @property
     def log2_resolution(self) -> int:
@@ -123,13 +169,13 @@ class GeneratorConfig:
 
     @property
     def style_dim_tokens(self) -> int:
-        """Width of stage one's style [t, v]."""
-        return 3 * self.token_dim
+        """Width of stage one's style [t, v]; 0 without styles."""
+        return 3 * self.token_dim if self.style == "full" else 0
 
     @property
     def style_dim_pixels(self) -> int:
-        """Width of stage two's style [w, t]."""
-        return self.latent_dim + 2 * self.channels(BOTTLENECK)
+        """Width of stage two's style [w, t]; 0 without styles."""
+        return self.latent_dim + 2 * self.channels(BOTTLENECK) if self.style == "full" else 0
 
     def channels(self, resolution: int) -> int:
         """Channels of stage two on a grid with this native side."""
@@ -152,15 +198,18 @@ class GeneratorConfig:
     # -- as text ----------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """One line of JSON that from_json reads back."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """One line of JSON that from_json reads back; published choices are left out of it."""
+        entries = asdict(self)
+        for name in CHOICES.keys() - self.ablations.keys():
+            del entries[name]
+        return json.dumps(entries, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> GeneratorConfig:
         """The configuration that to_json wrote.
 
         Raises:
-            ConfigError: If the text is no JSON object with just these fields.
+            ConfigError: If the text is no JSON object with just these fields, choices optional.
         """
         try:
             entries: dict[str, Any] = json.loads(text)

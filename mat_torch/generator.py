@@ -1,7 +1,7 @@
 """The MAT generator: stage one on tokens, stage two on pixels (paper, figure 2).
 
 The module tree carries the names of the published checkpoints, so their state dicts load as they
-are.
+are. What stands in for the parts that the paper's ablations leave out is in `mat_torch.ablations`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mat_torch.ablations import ConvBlock, LayerNormBlock, LinearHead, PatchExpand, PatchMerge
 from mat_torch.attention import Block, mask_propagation
-from mat_torch.config import BOTTLENECK, TOKEN_GRID, GeneratorConfig
+from mat_torch.config import BOTTLENECK, TOKEN_GRID, ConfigError, GeneratorConfig
 from mat_torch.layers import (
     Conv,
     Linear,
@@ -42,6 +43,21 @@ class Resample(nn.Module):
         return y
 
 
+def _block(config: GeneratorConfig, stage: int, number: int) -> nn.Module:
+    """Block `number` of a stage: tokens [B, H, W, C] and validity to the same."""
+    if config.body == "convolution":
+        return ConvBlock(config.token_dim)
+    window = config.windows[stage]
+    kind = Block if config.block == "mat" else LayerNormBlock
+    return kind(
+        config.token_dim,
+        config.heads,
+        window=window,
+        shift=window // 2 if number % 2 else 0,
+        grid=config.stage_grids[stage],
+    )
+
+
 class TokenStage(nn.Module):
     """Resample, blocks (odd ones shifted by half a window), partial conv, + the stage's own input.
 
@@ -50,22 +66,14 @@ class TokenStage(nn.Module):
 
     def __init__(self, config: GeneratorConfig, index: int) -> None:
         super().__init__()
-        dim, window = config.token_dim, config.windows[index]
-        self.downsample: Resample | None = None  # the published name, though 3 and 4 go up
+        dim, linear = config.token_dim, config.tokens == "linear"
+        # The published name, though 3 and 4 go up.
+        self.downsample: Resample | PatchMerge | PatchExpand | None = None
         if index in (1, 2):
-            self.downsample = Resample(dim, down=2)
+            self.downsample = PatchMerge(dim) if linear else Resample(dim, down=2)
         elif index in (3, 4):
-            self.downsample = Resample(dim, up=2)
-        self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                config.heads,
-                window=window,
-                shift=window // 2 if i % 2 else 0,
-                grid=config.stage_grids[index],
-            )
-            for i in range(config.depths[index])
-        )
+            self.downsample = PatchExpand(dim) if linear else Resample(dim, up=2)
+        self.blocks = nn.ModuleList(_block(config, index, i) for i in range(config.depths[index]))
         self.conv = PartialConv(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -103,45 +111,65 @@ class FirstStage(nn.Module):
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
+        self.config = config
         dim = config.token_dim
         levels = config.log2_resolution - TOKEN_GRID.bit_length() + 1
-        self.conv_first = PartialConv(4, dim)
-        self.enc_conv = nn.ModuleList(PartialConv(dim, dim, down=2) for _ in range(levels))
+        if config.tokens == "linear":
+            self.head = LinearHead(dim, levels)
+        else:
+            self.conv_first = PartialConv(4, dim)
+            self.enc_conv = nn.ModuleList(PartialConv(dim, dim, down=2) for _ in range(levels))
         self.tran = nn.ModuleList(TokenStage(config, i) for i in range(5))
-        self.down_conv = nn.Sequential(*(Conv(dim, dim, 3, down=2) for _ in range(4)))
-        self.to_style = Linear(dim, 2 * dim, activation=True)
-        self.ws_style = Linear(config.latent_dim, dim, activation=True)
-        self.to_square = Linear(dim, BOTTLENECK**2, activation=True)
+        if config.style == "full":
+            self.down_conv = nn.Sequential(*(Conv(dim, dim, 3, down=2) for _ in range(4)))
+            self.to_style = Linear(dim, 2 * dim, activation=True)
+            self.ws_style = Linear(config.latent_dim, dim, activation=True)
+            self.to_square = Linear(dim, BOTTLENECK**2, activation=True)
         self.dec_conv = nn.ModuleList(
             TokenDecoderLevel(dim, config.style_dim_tokens) for _ in range(levels)
         )
 
     def forward(self, image: Tensor, mask: Tensor, w: Tensor, gate: Tensor) -> Tensor:
         # Encoder: the feature maps before the token grid are skips of the decoder.
-        x, m = self.conv_first(torch.cat([mask - 0.5, image * mask], dim=1), mask)
-        skips = [x]
-        for conv in self.enc_conv:
-            x, m = conv(x, m)
-            skips.append(x)
+        maps, m = self._encode(torch.cat([mask - 0.5, image * mask], dim=1), mask)
+        *skips, x = maps
         # Tokens, down to the bottleneck. The mask goes along through stages 0 and 1.
         x, m = skip_64, m = self.tran[0](x, m)
         x, m = skip_32, _ = self.tran[1](x, m)
         x, _ = self.tran[2](x, None)
-        # Style: v from w mixes into the tokens by a random gate, t from the mixture.
-        v = self.ws_style(w)
-        x = _mix_tokens(x, self.to_square(v), gate)
-        t = self.to_style(self.down_conv(x).mean(dim=(2, 3)))
-        style = torch.cat([t, v], dim=1)
+        x, style = self._style(x, w, gate)
         # Tokens, back up.
         x = self.tran[3](x, None)[0] + skip_32
         x = self.tran[4](x, None)[0] + skip_64
         # Decoder to pixels.
         rgb = None
-        for level, skip in zip(self.dec_conv, reversed(skips[:-1]), strict=True):
+        for level, skip in zip(self.dec_conv, reversed(skips), strict=True):
             x, rgb = level(x, rgb, style, skip)
         assert rgb is not None, "a native size of 128 or more has at least one level"
         coarse: Tensor = rgb * (1.0 - mask) + image * mask
         return coarse
+
+    def _encode(self, pixels: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Feature maps from the native size down to the tokens, and the mask of the tokens."""
+        m: Tensor | None
+        if self.config.tokens == "linear":
+            maps, m = self.head(pixels, mask)
+        else:
+            x, m = self.conv_first(pixels, mask)
+            maps = [x]
+            for conv in self.enc_conv:
+                x, m = conv(x, m)
+                maps.append(x)
+        return maps, m if self.config.attention == "masked" else None
+
+    def _style(self, x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """v from w mixes into the tokens by a random gate, t from the mixture: tokens, [t, v]."""
+        if self.config.style == "none":
+            return x, w[:, :0]
+        v = self.ws_style(w)
+        x = _mix_tokens(x, self.to_square(v), gate)
+        t = self.to_style(self.down_conv(x).mean(dim=(2, 3)))
+        return x, torch.cat([t, v], dim=1)
 
 
 def _mix_tokens(x: Tensor, square: Tensor, gate: Tensor) -> Tensor:
@@ -237,8 +265,9 @@ class Synthesis(nn.Module):
         for i, r in enumerate(config.encoder_resolutions):
             self.enc[f"EncConv_Block_{r}x{r}"] = EncoderLevel(previous, channels(r), first=i == 0)
             previous = channels(r)
-        self.to_square = Linear(config.latent_dim, BOTTLENECK**2, activation=True)
-        self.to_style = PooledStyle(previous)
+        if config.style == "full":
+            self.to_square = Linear(config.latent_dim, BOTTLENECK**2, activation=True)
+            self.to_style = PooledStyle(previous)
         style_dim = config.style_dim_pixels
         self.dec = nn.ModuleDict(
             {f"Dec_{BOTTLENECK}x{BOTTLENECK}": BottleneckLevel(previous, style_dim)}
@@ -266,13 +295,7 @@ class Synthesis(nn.Module):
         skips: dict[int, Tensor] = {}
         for r in config.encoder_resolutions:
             x = skips[r] = self.enc[f"EncConv_Block_{r}x{r}"](x)
-        # Style: w mixes into the bottleneck by a random gate, t from the mixture.
-        a = self.to_square(w[0]).view(-1, 1, BOTTLENECK, BOTTLENECK)
-        if x.shape[-2:] != a.shape[-2:]:
-            a = F.interpolate(a, size=x.shape[-2:], mode="bilinear", align_corners=False)
-        e16 = x * gate_bottleneck + a * (1.0 - gate_bottleneck)
-        t = self.to_style(e16)
-        style = [torch.cat([w_i, t], dim=1) for w_i in w]
+        e16, style = self._styles(x, w, gate_bottleneck)
         # Decoder.
         noise = noise or {}
         level = self.dec[f"Dec_{BOTTLENECK}x{BOTTLENECK}"]
@@ -283,19 +306,35 @@ class Synthesis(nn.Module):
             x, rgb = level(x, rgb, style[2 * n - 9 : 2 * n - 6], skips[r], maps)
         return rgb * (1.0 - mask) + image * mask, coarse
 
+    def _styles(
+        self, x: Tensor, w: Sequence[Tensor], gate: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """w mixes into the bottleneck by a random gate, t from the mixture: it, [w_i, t]."""
+        if self.config.style == "none":
+            return x, [w_i[:, :0] for w_i in w]
+        a = self.to_square(w[0]).view(-1, 1, BOTTLENECK, BOTTLENECK)
+        if x.shape[-2:] != a.shape[-2:]:
+            a = F.interpolate(a, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        e16 = x * gate + a * (1.0 - gate)
+        t = self.to_style(e16)
+        return e16, [torch.cat([w_i, t], dim=1) for w_i in w]
+
 
 class Generator(nn.Module):
     """MAT. Every random quantity is an argument, so the network is a pure function.
 
     Args:
-        config: Its sizes (``mat_torch.PRESETS`` has the published ones).
+        config: Its sizes and choices (``mat_torch.PRESETS`` has the published ones). Without
+            styles it takes the same arguments: z, truncation and gates then change nothing.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
         self.synthesis = Synthesis(config)
-        self.mapping = Mapping(config.latent_dim, config.mapping_layers)
+        # Without styles nothing reads w: the mapping has no layers and hands on z, normalised.
+        layers = config.mapping_layers if config.style == "full" else 0
+        self.mapping = Mapping(config.latent_dim, layers)
 
     def forward(
         self,
@@ -348,7 +387,15 @@ class Generator(nn.Module):
 
         Names: ``conv_first``, ``enc_conv.i``, ``tran.i.downsample``, ``tran.i.blocks.j``,
         ``tran.i.conv``.
+
+        Raises:
+            ConfigError: For an ablation: its masks take other ways.
         """
+        if self.config.ablations:
+            raise ConfigError(
+                f"mask states are those of the published network, and this one has "
+                f"{self.config.describe_ablations()}"
+            )
         states: dict[str, Tensor] = {}
 
         def partial(name: str, mask: Tensor, stride: int = 1) -> Tensor:

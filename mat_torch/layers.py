@@ -6,7 +6,9 @@ Weights are stored at unit variance and scaled when used (equalized learning rat
 
 from __future__ import annotations
 
+import contextlib
 import math
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ __all__ = [
     "ToRGB",
     "blur",
     "fir_kernel",
+    "full_precision",
     "lrelu",
     "mask_count",
     "partial_ratio",
@@ -42,6 +45,19 @@ _W_AVG_DECAY = 0.995
 def lrelu(x: Tensor) -> Tensor:
     """``√2 · max(x, 0.2·x)``."""
     return F.leaky_relu(x, LRELU_SLOPE) * LRELU_GAIN
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off on x's device, for what 16 bits do not carry: sums of squares, RGB, logits."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """``x + b`` in x's type: under autocast a float32 bias would make all that follows float32."""
+    return x + bias.to(x.dtype)[:, None, None]
 
 
 # -- resampling ------------------------------------------------------------------------------------
@@ -175,7 +191,7 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = resampled_conv(x, self.weight * self.weight_gain, self.fir, self.up, self.down)
         if self.bias is not None:
-            y = y + self.bias[:, None, None]
+            y = _add_bias(y, self.bias)
         if self.activation:
             y = lrelu(y)
         return y if self.gain == 1.0 else y * self.gain
@@ -225,6 +241,11 @@ class ModulatedConv(nn.Module):
     """Convolution whose weights are ``w·s`` per sample, ``s`` an affine function of the style.
 
     With `demodulate`, each output channel's weights are divided by ``√(Σ (w·s)² + 1e-8)``.
+    With `style_dim` 0 there is no style [B, 0] to modulate by: the plain convolution ``w``.
+
+    Attributes:
+        scale_activations: Compute the same as ``conv(x·s, w) · rsqrt(s²·Σ_k w² + 1e-8)``: one set
+            of weights for the whole batch, which is what training in batches wants.
     """
 
     def __init__(
@@ -241,14 +262,21 @@ class ModulatedConv(nn.Module):
         self.weight = nn.Parameter(
             torch.randn(1, out_channels, in_channels, kernel_size, kernel_size)
         )
-        self.affine = Linear(style_dim, in_channels, bias_init=1.0)
+        self.styled = style_dim > 0
+        if self.styled:
+            self.affine = Linear(style_dim, in_channels, bias_init=1.0)
         self.up = up
         self.demodulate = demodulate
+        self.scale_activations = False
         self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
         self.fir: Tensor | None
         self.register_buffer("fir", fir_kernel(up**2) if up > 1 else None, persistent=False)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        if not self.styled:
+            return resampled_conv(x, self.weight[0] * self.weight_gain, self.fir, up=self.up)
+        if self.scale_activations:
+            return self._with_scaled_activations(x, style)
         batch, cin, height, width = x.shape
         out, k = self.weight.shape[1], self.weight.shape[-1]
         # Modulate: one set of weights a sample, [B, out, in, k, k].
@@ -265,6 +293,19 @@ class ModulatedConv(nn.Module):
             groups=batch,
         )
         return y.reshape(batch, out, height * self.up, width * self.up)
+
+    def _with_scaled_activations(self, x: Tensor, style: Tensor) -> Tensor:
+        weight = self.weight[0] * self.weight_gain
+        with full_precision(x):
+            scale = self.affine(style.to(weight.dtype))
+        y = resampled_conv(x * scale.to(x.dtype)[:, :, None, None], weight, self.fir, up=self.up)
+        if not self.demodulate:
+            return y
+        # The norms of the weights that the styles would give: a small product, in FP32.
+        with full_precision(x):
+            norm = scale.square() @ weight.square().sum(dim=(2, 3)).T
+            norm = torch.rsqrt(norm + DEMODULATION_EPS)
+        return y * norm.to(y.dtype)[:, :, None, None]
 
 
 class StyleConv(nn.Module):
@@ -296,8 +337,9 @@ class StyleConv(nn.Module):
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None = None) -> Tensor:
         y = self.conv(x, style)
         if self.noise_strength is not None and self.noise_const is not None:
-            y = y + self.noise_strength * (self.noise_const if noise is None else noise)
-        return lrelu(y + self.bias[:, None, None])
+            noise = self.noise_strength * (self.noise_const if noise is None else noise)
+            y = y + noise.to(y.dtype)
+        return lrelu(_add_bias(y, self.bias))
 
 
 class ToRGB(nn.Module):
@@ -311,8 +353,12 @@ class ToRGB(nn.Module):
         self.register_buffer("fir", fir_kernel(4.0), persistent=False)
 
     def forward(self, x: Tensor, style: Tensor, previous: Tensor | None) -> Tensor:
+        # Under autocast the bias makes RGB float32, and RGB stays so: 8 bits would show.
         rgb: Tensor = self.conv(x, style) + self.bias[:, None, None]
-        return rgb if previous is None else rgb + upsample_image(previous, self.fir)
+        if previous is None:
+            return rgb
+        with full_precision(x):
+            return rgb + upsample_image(previous, self.fir)
 
 
 # -- mapping network -------------------------------------------------------------------------------

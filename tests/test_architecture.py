@@ -114,6 +114,7 @@ def bare(code: str, folder: Path | None = None) -> subprocess.CompletedProcess[s
 
 
 NEEDS_TORCH = {
+    "mat_torch.ablations",
     "mat_torch.attention",
     "mat_torch.checkpoint",
     "mat_torch.discriminator",
@@ -159,7 +160,7 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
 
 COMMANDS = (
     *("convert", "onnx", "trt", "refit", "parity", "debug"),
-    *("bench", "inpaint", "info", "doctor"),
+    *("bench", "inpaint", "train", "evaluate", "info", "doctor"),
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mat_torch.config import PRESETS, ConfigError, GeneratorConfig, preset
+from mat_torch.config import CHOICES, PRESETS, ConfigError, GeneratorConfig, preset
 from mat_torch.generator import Generator
 
 _FUZZ = settings(deadline=None, database=None)
@@ -39,6 +39,11 @@ def test_the_published_presets_have_the_published_sizes(name: str, resolution: i
         "base_channels": 32768,
         "max_channels": 512,
         "mapping_layers": 8,
+        "attention": "masked",
+        "block": "mat",
+        "body": "transformer",
+        "style": "full",
+        "tokens": "convolution",
     }
 
 
@@ -210,7 +215,9 @@ _JSON: st.SearchStrategy[Any] = st.recursive(
     max_leaves=10,
 )
 # A name says nothing about the network; who reads one from a file checks that it is text.
-_SIZE_FIELDS = [f.name for f in dataclasses.fields(GeneratorConfig) if f.name != "name"]
+_SIZE_FIELDS = [
+    f.name for f in dataclasses.fields(GeneratorConfig) if f.name not in ("name", *CHOICES)
+]
 
 
 @_FUZZ

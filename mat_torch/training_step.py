@@ -1,0 +1,355 @@
+"""One step of adversarial training: the generator's update, then the discriminator's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from mat_torch.distributed import World
+from mat_torch.generator import Generator
+from mat_torch.layers import full_precision
+from mat_torch.losses import (
+    Perceptual,
+    fake_loss,
+    generator_loss,
+    gradient_penalty,
+    lazy_r1_weight,
+    real_loss,
+)
+from mat_torch.training_draws import Draws, draw_for_training
+from mat_torch.training_options import TrainingError
+from mat_torch.training_state import TrainingState
+
+__all__ = ["Batch", "Networks", "StepReport", "StyledGenerator", "prepare", "train_step"]
+
+Batch = Mapping[str, Tensor]
+"""``image`` uint8 [B, 3, r, r]; ``mask`` uint8 [B, 1, r, r], 1 keep and 0 hole; ``number`` int64
+[B], the samples' numbers in the run: a process's share of one step, ``images + rank``,
+``images + rank + world``, …"""
+
+
+class StyledGenerator(nn.Module):
+    """The generator as training calls it: two latents an image, mixed at a layer, truncated.
+
+    Args:
+        generator: Whose weights these are.
+        truncation: ψ of every w, towards the average w before this step.
+    """
+
+    def __init__(self, generator: Generator, truncation: float) -> None:
+        super().__init__()
+        self.generator = generator
+        self.truncation = truncation
+
+    def forward(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        z: Tensor,
+        cutoff: Tensor,
+        gate_tokens: Tensor,
+        gate_bottleneck: Tensor,
+        noise: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, coarse, w of the first latents [B, latent_dim] before truncation)."""
+        mapping = self.generator.mapping
+        # Styles: layers before the cutoff take the first latent's.
+        with full_precision(z):
+            w = mapping(z.flatten(0, 1)).unflatten(0, (-1, 2))
+        first = torch.arange(self.generator.config.num_ws, device=z.device) < cutoff[:, None]
+        ws = torch.where(first[:, :, None], w[:, :1], w[:, 1:])
+        ws = torch.lerp(mapping.w_avg, ws, self.truncation)
+        # Pictures.
+        output, coarse = self.generator.synthesis(
+            image, mask, ws, gate_tokens, gate_bottleneck, noise
+        )
+        return output, coarse, w[:, 0].detach()
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The state's networks as a step runs them: compiled if asked, and averaging over processes.
+
+    Attributes:
+        generator: A StyledGenerator.
+        generator_synced: The same, for the last micro-batch.
+        discriminator: Of the state.
+        discriminator_synced: The same, for the last backward pass.
+    """
+
+    generator: nn.Module
+    generator_synced: nn.Module
+    discriminator: nn.Module
+    discriminator_synced: nn.Module
+
+
+def prepare(state: TrainingState, world: World) -> Networks:
+    """The networks of a run, once for all of its steps."""
+    generator: nn.Module = StyledGenerator(state.generator, state.options.truncation)
+    discriminator: nn.Module = state.discriminator
+    for network in (state.generator, state.discriminator):
+        network.requires_grad_(True)
+    if state.options.compile:
+        generator, discriminator = map(_compiled, (generator, discriminator))
+    return Networks(generator, world.synced(generator), discriminator, world.synced(discriminator))
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    # Inductor's attention patterns (PyTorch 2.13, _sfdp_replacement_27) take the windowed attention
+    # in 16 bits for one of four dimensions, and fail on its fifth.
+    compiled: Any = torch.compile(network, options={"pattern_matcher": False})
+    assert isinstance(compiled, nn.Module), "torch.compile makes a module of a module"
+    return compiled
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step gave, the same in every process.
+
+    Attributes:
+        scalars: Means over the step's images by name: ``loss_generator``, ``loss_discriminator``,
+            ``perceptual`` and ``r1`` where they were computed, and the gradients' norms.
+        skipped: Whether an update was left out, for a loss or gradient was not finite.
+    """
+
+    scalars: dict[str, float]
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch on the device."""
+
+    image: Tensor
+    mask: Tensor
+    numbers: list[int]
+    last: bool
+
+
+def train_step(
+    state: TrainingState,
+    networks: Networks,
+    batch: Batch,
+    *,
+    perceptual: Perceptual | None = None,
+    world: World | None = None,
+) -> StepReport:
+    """Update the generator, its average and then the discriminator; count the step.
+
+    An update whose losses or gradients are not finite in any process is left out in all of them.
+
+    Args:
+        state: Changed in place.
+        networks: What `prepare` made of it.
+        batch: This process's share of the samples.
+        perceptual: Distance of outputs from photographs, of weight ``perceptual_weight``.
+        world: The run's processes.
+
+    Raises:
+        TrainingError: If the batch is not the one of this step, or the device's memory is too
+            small for it.
+    """
+    world = world or World(device=state.device)
+    parts = _parts(state, batch, world)
+    try:
+        report = _updates(state, networks, parts, perceptual, world)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _too_large(state, world) from error
+    counters = state.counters
+    counters.images += state.options.batch
+    counters.steps += 1
+    counters.skipped += report.skipped
+    counters.skipped_in_row = counters.skipped_in_row + 1 if report.skipped else 0
+    return report
+
+
+def _updates(
+    state: TrainingState,
+    networks: Networks,
+    parts: list[_Part],
+    perceptual: Perceptual | None,
+    world: World,
+) -> StepReport:
+    # The generator, against a discriminator that takes no gradients.
+    state.discriminator.requires_grad_(False)
+    scalars, w = _generator_gradients(state, networks, parts, perceptual)
+    scalars, w, finite = _agree(state.generator, "gradient_generator", scalars, w, world)
+    if not finite:
+        state.generator_adam.zero_grad()
+        return StepReport(scalars, skipped=True)
+    _update(state.generator_adam)
+    state.generator.mapping.w_avg.lerp_(w, 1.0 - state.options.w_avg_decay)
+    state.track_ema(state.counters.images + state.options.batch)
+    # The discriminator, on fresh fakes of the generator as it is now.
+    state.discriminator.requires_grad_(True)
+    mine = _discriminator_gradients(state, networks, parts)
+    mine, _, finite = _agree(state.discriminator, "gradient_discriminator", mine, w[:0], world)
+    if finite:
+        _update(state.discriminator_adam)
+    state.discriminator_adam.zero_grad()
+    return StepReport(scalars | mine, skipped=not finite)
+
+
+def _update(optimizer: Adam) -> None:
+    optimizer.step()
+    optimizer.zero_grad()  # gives the memory back
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def _generator_gradients(
+    state: TrainingState, networks: Networks, parts: list[_Part], perceptual: Perceptual | None
+) -> tuple[dict[str, Any], Tensor]:
+    """``∇[E softplus(−D(G)) + λ·perceptual]``; returns the means of the terms, and of w."""
+    options = state.options
+    adversarial = torch.zeros((), device=state.device)
+    distance, w_mean = adversarial.clone(), torch.zeros_like(state.generator.mapping.w_avg)
+    weight = options.perceptual_weight if perceptual is not None else 0.0
+    for part in parts:
+        network = networks.generator_synced if part.last else networks.generator
+        with _autocast(state):
+            output, coarse, w = _generate(state, network, part, "generator")
+            loss = generator_loss(*networks.discriminator(output, coarse, part.mask))
+            adversarial += loss.detach() / len(parts)
+            if perceptual is not None and weight > 0.0:
+                value = perceptual(output, part.image)
+                distance += value.detach() / len(parts)
+                loss = loss + weight * value
+        (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+        w_mean += w.mean(dim=0) / len(parts)
+    scalars = {"loss_generator": adversarial}
+    return scalars | ({"perceptual": distance} if weight > 0.0 else {}), w_mean
+
+
+def _discriminator_gradients(
+    state: TrainingState, networks: Networks, parts: list[_Part]
+) -> dict[str, Any]:
+    """``∇E[softplus(D(G)) + softplus(−D(x))]``, and in R1's steps ``+ interval·γ/2·∇E[R1]``."""
+    options = state.options
+    loss_mean = torch.zeros((), device=state.device)
+    r1_mean = loss_mean.clone()
+    with_r1 = options.r1_gamma > 0.0 and state.counters.steps % options.r1_interval == 0
+    weight = lazy_r1_weight(options.r1_gamma, options.r1_interval)
+    for part in parts:
+        # Fakes.
+        with _autocast(state):
+            with torch.no_grad():
+                output, coarse, _ = _generate(state, networks.generator, part, "discriminator")
+            fake = fake_loss(*networks.discriminator(output, coarse, part.mask))
+        (fake / len(parts)).backward()  # type: ignore[no-untyped-call]
+        # R1, in float32 and by the eager network: it differentiates twice.
+        if with_r1:
+            penalty, penalty_coarse = gradient_penalty(state.discriminator, part.image, part.mask)
+            r1 = (penalty + penalty_coarse).mean()
+            (weight / len(parts) * r1).backward()  # type: ignore[no-untyped-call]
+            r1_mean += r1.detach() / len(parts)
+        # Photographs. Last, as every parameter takes part, and all gradients go out with these.
+        network = networks.discriminator_synced if part.last else networks.discriminator
+        with _autocast(state):
+            real = real_loss(*network(part.image, part.image, part.mask))
+        (real / len(parts)).backward()  # type: ignore[no-untyped-call]
+        loss_mean += (fake + real).detach() / len(parts)
+    scalars = {"loss_discriminator": loss_mean}
+    return scalars | ({"r1": r1_mean} if with_r1 else {})
+
+
+def _generate(
+    state: TrainingState, network: nn.Module, part: _Part, purpose: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = state.options
+    draws: Draws = draw_for_training(
+        options.config,
+        options.seed,
+        purpose,
+        part.numbers,
+        style_mixing=options.style_mixing,
+        device=state.device,
+    )
+    # Gates are 0 and 1, exact in 16 bits too; a float32 one would make the features float32.
+    kind = torch.bfloat16 if options.bf16 else torch.float32
+    gates = draws.gate_tokens.to(kind), draws.gate_bottleneck.to(kind)
+    pictures: tuple[Tensor, Tensor, Tensor] = network(
+        part.image, part.mask, draws.z, draws.cutoff, *gates, draws.noise
+    )
+    return pictures
+
+
+def _autocast(state: TrainingState) -> torch.autocast:
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.options.bf16)
+
+
+def _agree(
+    network: nn.Module, name: str, scalars: dict[str, Any], extra: Tensor, world: World
+) -> tuple[dict[str, float], Tensor, bool]:
+    """Scalars, with the gradient's norm as `name`, and `extra` averaged over the processes.
+
+    And whether all of them are finite, which every process decides from the same numbers. The one
+    place where the host waits for the device.
+    """
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    scalars = {**scalars, name: torch.nn.utils.get_total_norm(gradients)}
+    values = torch.cat([torch.stack([v.float() for v in scalars.values()]), extra.float()])
+    values = world.mean(values)
+    numbers = values[: len(scalars)].tolist()
+    finite = bool(values.isfinite().all())
+    return dict(zip(scalars, numbers, strict=True)), values[len(scalars) :], finite
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def _parts(state: TrainingState, batch: Batch, world: World) -> list[_Part]:
+    """The batch on the device in micro-batches, images in [-1, 1], checked."""
+    options, side = state.options, state.options.config.resolution
+    size = options.micro_batch(world.size)
+    share = size * options.accumulate
+    shapes = {"image": (share, 3, side, side), "mask": (share, 1, side, side), "number": (share,)}
+    for name, shape in shapes.items():
+        if name not in batch or tuple(batch[name].shape) != shape:
+            got = [*batch[name].shape] if name in batch else "none"
+            raise TrainingError(f"the data's '{name}' is {got}; this run needs {[*shape]} a step")
+    numbers = batch["number"].tolist()
+    first = state.counters.images + world.rank
+    needed = list(range(first, first + share * world.size, world.size))
+    if numbers != needed:
+        raise TrainingError(
+            f"the data has samples {_listed(numbers)} where the run needs {_listed(needed)}; "
+            "make_loader(start, rank, world) must deal them to the processes in turn from start on"
+        )
+    image, mask = (batch[name].to(state.device, non_blocking=True) for name in ("image", "mask"))
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    parts = options.accumulate
+    # Dealt in turn here too: the discriminator's groups stay those of the whole batch.
+    return [
+        _Part(
+            (image[i::parts].float() / 127.5 - 1.0).contiguous(memory_format=layout),
+            mask[i::parts].float(),
+            numbers[i::parts],
+            last=i == parts - 1,
+        )
+        for i in range(parts)
+    ]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:3])) + (f" … {numbers[-1]}" if len(numbers) > 3 else "")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _too_large(state: TrainingState, world: World) -> TrainingError:
+    options, size = state.options, state.options.micro_batch(world.size)
+    advice = f"try a batch of {options.batch // 2}" if options.batch > 1 else "use a smaller preset"
+    if size % 8 == 0:
+        advice = f"try accumulate={2 * options.accumulate} (the same result), or {advice[4:]}"
+    return TrainingError(f"{state.device} ran out of memory with {size} images at once; {advice}")

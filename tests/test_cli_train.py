@@ -1,0 +1,112 @@
+"""``mat-export train``: a run from the command line, cut and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import cli
+from mat_export.contract import UserError
+from mat_torch import GeneratorConfig, load_checkpoint
+from mat_torch.training_options import TRAINING_PRESETS, TrainingError, TrainingOptions
+from mat_torch.training_run import changed
+
+SMALL = GeneratorConfig(
+    "smallest",
+    128,
+    latent_dim=16,
+    token_dim=12,
+    heads=2,
+    depths=(1, 1, 1, 1, 1),
+    base_channels=512,
+    max_channels=16,
+    mapping_layers=2,
+)
+QUICK = ["batch=4", "accumulate=1", "bf16=false", "compile=false", "perceptual_weight=0"]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three small pictures, and a preset that trains on them in seconds."""
+    quick = changed(TrainingOptions(SMALL, images=8, log_every=4, grid_every=8), QUICK)
+    monkeypatch.setitem(TRAINING_PRESETS, "quick", quick)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        pixels = rng.integers(0, 255, (140, 150 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def train(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(cli.app, ["train", "--workers", "0", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+def test_a_run_logs_saves_and_gives_a_model(pictures: Path, tmp_path: Path) -> None:
+    run, model = tmp_path / "run", tmp_path / "model.safetensors"
+    code, said = train("--data", pictures, "--preset", "quick", "-o", run, "--export", model)
+    assert code == 0, said
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["images"] == 8
+    assert list((run / "grids").glob("*.png"))
+    assert load_checkpoint(model).config == SMALL
+
+
+def test_it_goes_on_where_it_stopped(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    common = ["--data", pictures, "--preset", "quick", "-o", run]
+    assert train(*common, "--images", 4)[0] == 0
+    with pytest.raises(UserError, match="already holds a run"):
+        train(*common)
+    code, said = train(*common, "--resume")
+    assert code == 0, said
+    assert len((run / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "large"], "unknown training preset 'large'"),
+        (["--set", "batch=many"], "batch is a whole number, got 'many'"),
+        (["--set", "size=3"], "sets nothing"),
+        (["--set", "betas=0.5"], "betas"),
+        (["--network", "mat-64"], "mat-64"),
+        (["--share", "0.5"], "LOW:HIGH"),
+        (["--share", "0.9:0.1"], "share"),
+        (["--jitter", "2"], "jitter"),
+        (["--set", "perceptual_weight=0.1", "--vgg", "absent.pth"], "absent.pth"),
+        (["--export", "absent/model.safetensors"], "absent"),
+    ],
+)
+def test_bad_settings_are_a_sentence(
+    pictures: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    preset = [] if "--preset" in arguments else ["--preset", "quick"]
+    with pytest.raises(UserError, match=words):
+        train("--data", pictures, "-o", tmp_path / "run", *preset, *arguments)
+
+
+def test_an_empty_folder_is_a_sentence(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        train("--data", tmp_path / "empty", "--preset", "quick", "-o", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_value_can_be_set() -> None:
+    options = TRAINING_PRESETS["published"]
+    assert changed(options, ["batch=8", "betas=0.5,0.9"]).betas == (0.5, 0.9)
+    assert changed(options, ["ema_ramp_up=none"]).ema_ramp_up is None
+    assert changed(options, ["images=25_000_000"]).images == 25_000_000
+    assert changed(options, ["tensorboard=yes"]).tensorboard is True
+    with pytest.raises(TrainingError, match="true or false"):
+        changed(options, ["bf16=maybe"])
