@@ -656,6 +656,7 @@ def train(
     from mat_torch.config import ConfigError
     from mat_torch.config import preset as network_preset
     from mat_torch.data import CropOptions, DataError
+    from mat_torch.features import FeatureError
     from mat_torch.training_options import TrainingError, training_preset
     from mat_torch.training_run import TrainingData, changed, run_training
 
@@ -674,11 +675,7 @@ def train(
 
             export_ema(state, export)
             note(f"wrote {export}")
-    except (TrainingError, DataError, ConfigError) as error:
-        raise UserError(str(error)) from error
-    except ValueError as error:  # FeatureError, whose module needs torch
-        if type(error).__name__ != "FeatureError":
-            raise
+    except (TrainingError, DataError, FeatureError, ConfigError) as error:
         raise UserError(str(error)) from error
     if state.counters.images < options.images:
         note(f"stopped after {state.counters.images} images: --resume goes on from there")

@@ -151,13 +151,13 @@ def open_plan(path: _PATH) -> OpenedPlan:
     request = manifest["request"]
     again = f"build it again: {rebuild_command(manifest)}"
     options = BuildOptions.from_dict(request["options"])
-    _check_plugin(path, manifest, again)
+    plugin = _checked_plugin(path, manifest, again)
     backend = open_backend(request["backend"])
     _check_version(path, backend, request["version"], options, again)
     notes = _check_gpu(path, backend, request, options, again)
     backend.allow_host_code = options.version_compatible
-    if manifest["sources"].get("plugin") is not None:
-        backend.load_plugins(Path(manifest["sources"]["plugin"]["path"]))
+    if plugin is not None:
+        backend.load_plugins(plugin)
     spec = GraphSpec.from_json(json.dumps(manifest["graph"]))
     return OpenedPlan(path, plan, spec, backend, manifest, tuple(notes))
 
@@ -281,16 +281,17 @@ def _gpu_of(request: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
 # -- may it run here -----------------------------------------------------------------------------
 
 
-def _check_plugin(path: Path, manifest: Mapping[str, Any], again: str) -> None:
-    """Raise UserError if the engine needs a plugin library that is not there as it was."""
+def _checked_plugin(path: Path, manifest: Mapping[str, Any], again: str) -> Path | None:
+    """The plugin library an engine needs, if any. Raises UserError if it is not there as it was."""
     plugin = manifest["sources"].get("plugin")
     if plugin is None:
-        return
+        return None
     library = Path(plugin["path"])
     if not library.is_file():
         raise UserError(f"'{path}' needs the plugin '{library}', which is not there; {again}")
     if file_digest(library) != plugin["sha256"]:
         raise UserError(f"'{path}' was built with another plugin than '{library}' is now; {again}")
+    return library
 
 
 def _check_version(

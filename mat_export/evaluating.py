@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -48,6 +49,8 @@ class EvaluationSet:
         except DataError as error:
             raise UserError(str(error)) from error
         self._count = len(source) if count is None else count
+        # Pictures and masks are asked for in step, so that each item is drawn once.
+        self._item = functools.lru_cache(maxsize=1)(self._drawn)
 
     def __len__(self) -> int:
         return self._count
@@ -62,7 +65,7 @@ class EvaluationSet:
         for i in range(self._count):
             yield self._item(i)["mask"].numpy().astype(np.float32)
 
-    def _item(self, i: int) -> dict[str, Any]:
+    def _drawn(self, i: int) -> dict[str, Any]:
         try:
             return self._items[i]
         except DataError as error:

@@ -15,6 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from mat_export.inlining import write_graph
+
 __all__ = ["compute_biases"]
 
 _ZERO = "computed_bias/zero"
@@ -78,10 +80,7 @@ class _Pass:
             nodes += self._moved.get(node.output[0], [])
         if self._rows:
             self._weights[_ZERO] = numpy_helper.from_array(np.float32(0.0), _ZERO)
-        read = {name for node in nodes for name in node.input}
-        del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]
-        self._graph.node.extend(nodes)
-        self._graph.initializer.extend(t for t in self._weights.values() if t.name in read)
+        write_graph(self._graph, nodes, self._weights.values())
 
     def _per_channel(self, name: str) -> bool:
         dims = list(self._weights[name].dims) if name in self._weights else []

@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from mat_export.contract import OPERATOR_DOMAIN
 
-__all__ = ["inline_functions"]
+__all__ = ["inline_functions", "write_graph"]
 
 
 def inline_functions(
@@ -162,6 +162,20 @@ def _resolve(node: onnx.NodeProto, attributes: Mapping[str, onnx.AttributeProto]
             resolved.append(value)
     del node.attribute[:]
     node.attribute.extend(resolved)
+
+
+def write_graph(
+    graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto], weights: Iterable[onnx.TensorProto]
+) -> None:
+    """Give a graph other nodes, and of these weights the ones that they read.
+
+    Shapes of inner tensors are dropped: infer them again.
+    """
+    read = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in weights if tensor.name in read]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
 
 
 def _prune(graph: onnx.GraphProto) -> None:

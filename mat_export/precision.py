@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mat_export.contract import GraphSpec, UserError
-from mat_export.inlining import inline_functions
+from mat_export.inlining import inline_functions, write_graph
 
 __all__ = ["ISLANDS", "PRECISIONS", "Island", "TypedModel", "apply_precision"]
 
@@ -173,12 +173,7 @@ class _Typing:
             self._type_node(node)
         for name in outputs:
             assert self._types[name] == self._inferred[name], f"output {name} changed its type"
-        del graph.node[:], graph.value_info[:]
-        graph.node.extend(self._nodes)
-        read = {name for node in self._nodes for name in node.input}
-        kept = [t for t in self._weights.values() if t.name in read]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+        write_graph(graph, self._nodes, self._weights.values())
         islands = dict(self._islands)
         return TypedModel(self._model, self._halves, islands, self._casts, self._floors)
 

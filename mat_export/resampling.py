@@ -23,6 +23,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from mat_export.inlining import write_graph
+
 __all__ = ["resample_densely"]
 
 _DOUBLED = "resample/scales"
@@ -45,13 +47,8 @@ def resample_densely(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str,
     for node in list(graph.node):
         if _is_filter(node, pass_.weights):
             pass_.rewrite(node)
-    graph_nodes = [n for node in graph.node for n in pass_.replaced.get(node.name, [node])]
-    del graph.node[:], graph.value_info[:]
-    graph.node.extend(graph_nodes)
-    read = {name for node in graph.node for name in node.input}
-    kept = [t for t in pass_.weights.values() if t.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    nodes = [n for node in graph.node for n in pass_.replaced.get(node.name, [node])]
+    write_graph(graph, nodes, pass_.weights.values())
     return onnx.shape_inference.infer_shapes(result), pass_.counts
 
 

@@ -386,6 +386,6 @@ class Mapping(nn.Module):
         return torch.lerp(w_avg, x, truncation)
 
     @torch.no_grad()
-    def track_average(self, w: Tensor) -> None:
-        """Move w_avg towards the mean of a batch of untruncated w (training; decay 0.995)."""
-        self.w_avg.lerp_(w.mean(dim=0).to(self.w_avg.dtype), 1.0 - _W_AVG_DECAY)
+    def track_average(self, w: Tensor, decay: float = _W_AVG_DECAY) -> None:
+        """Move w_avg towards the mean of a batch of untruncated w [B, latent_dim] (training)."""
+        self.w_avg.lerp_(w.mean(dim=0).to(self.w_avg.dtype), 1.0 - decay)

@@ -185,7 +185,7 @@ def _updates(
         state.generator_adam.zero_grad()
         return StepReport(scalars, skipped=True)
     _update(state.generator_adam)
-    state.generator.mapping.w_avg.lerp_(w, 1.0 - state.options.w_avg_decay)
+    state.generator.mapping.track_average(w[None], state.options.w_avg_decay)
     state.track_ema(state.counters.images + state.options.batch)
     # The discriminator, on fresh fakes of the generator as it is now.
     state.discriminator.requires_grad_(True)

@@ -8,32 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small import SMALL
+from training_data import options
 from typer.testing import CliRunner
 
 import cli
 from mat_export.contract import UserError
-from mat_torch import GeneratorConfig, load_checkpoint
-from mat_torch.training_options import TRAINING_PRESETS, TrainingError, TrainingOptions
+from mat_torch import load_checkpoint
+from mat_torch.training_options import TRAINING_PRESETS, TrainingError
 from mat_torch.training_run import changed
-
-SMALL = GeneratorConfig(
-    "smallest",
-    128,
-    latent_dim=16,
-    token_dim=12,
-    heads=2,
-    depths=(1, 1, 1, 1, 1),
-    base_channels=512,
-    max_channels=16,
-    mapping_layers=2,
-)
-QUICK = ["batch=4", "accumulate=1", "bf16=false", "compile=false", "perceptual_weight=0"]
 
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three small pictures, and a preset that trains on them in seconds."""
-    quick = changed(TrainingOptions(SMALL, images=8, log_every=4, grid_every=8), QUICK)
+    quick = options(images=8, log_every=4, grid_every=8)
     monkeypatch.setitem(TRAINING_PRESETS, "quick", quick)
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -103,10 +92,10 @@ def test_an_empty_folder_is_a_sentence(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_every_value_can_be_set() -> None:
-    options = TRAINING_PRESETS["published"]
-    assert changed(options, ["batch=8", "betas=0.5,0.9"]).betas == (0.5, 0.9)
-    assert changed(options, ["ema_ramp_up=none"]).ema_ramp_up is None
-    assert changed(options, ["images=25_000_000"]).images == 25_000_000
-    assert changed(options, ["tensorboard=yes"]).tensorboard is True
+    published = TRAINING_PRESETS["published"]
+    assert changed(published, ["batch=8", "betas=0.5,0.9"]).betas == (0.5, 0.9)
+    assert changed(published, ["ema_ramp_up=none"]).ema_ramp_up is None
+    assert changed(published, ["images=25_000_000"]).images == 25_000_000
+    assert changed(published, ["tensorboard=yes"]).tensorboard is True
     with pytest.raises(TrainingError, match="true or false"):
-        changed(options, ["bf16=maybe"])
+        changed(published, ["bf16=maybe"])
