@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _DEFAULT_KEY = "G_ema"
-_WRAPPERS = (_DEFAULT_KEY, "state_dict", "params_ema", "model", "generator")
+_WRAPPERS = (_DEFAULT_KEY, "ema", "state_dict", "params_ema", "model", "generator")
 """Under which of these a .pth file may hold its state dict; the first one found counts."""
 
 _CONSTANTS = (".resample_filter", ".attn_mask")
@@ -107,8 +107,9 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str = _DEFAULT_KEY) ->
 
     Args:
         path: A safetensors file, a PyTorch state dict (also with ``module.`` before every name, or
-            under one of the keys G_ema, state_dict, params_ema, model, generator), or a pickle as
-            the authors publish them. The name of the file does not matter.
+            under one of the keys G_ema, ema, state_dict, params_ema, model, generator), a
+            checkpoint of a training run of ours (its average), or a pickle as the authors publish
+            them. The name of the file does not matter.
         key: Which network of a pickle to read, ``G`` or ``G_ema``; likewise for a state dict that
             holds several. A file with one network only does not need it.
 
@@ -253,7 +254,9 @@ def _read_open(path: Path, file: IO[bytes], key: str) -> _Contents:
     if not head:
         raise CheckpointError("the file is empty; fetch it again")
     if head.startswith(b"PK\x03\x04") or _TORCH_MAGIC in head[:32]:
-        return _Contents(_state_dict(load_weights_only(file), key))
+        loaded = load_weights_only(file)
+        tensors = _state_dict(loaded, key)
+        return _Contents(tensors, _run_config(loaded, len(tensors)))
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return _read_safetensors(path)
     if head.startswith(b"\x80"):
@@ -311,6 +314,13 @@ def _state_dict(loaded: object, key: str) -> Mapping[Any, Any]:
     raise CheckpointError(
         f"the file holds no state dict under '{key}'; it has {_listed(map(str, loaded))}"
     )
+
+
+def _run_config(loaded: object, tensors: int) -> GeneratorConfig | None:
+    """The configuration in the options of a checkpoint of `train`; None for other files."""
+    options = loaded.get("options") if isinstance(loaded, Mapping) else None
+    text = options.get("config") if isinstance(options, Mapping) else None
+    return _config(text, tensors) if isinstance(text, str) else None
 
 
 def _network(loaded: object, key: str) -> Mapping[Any, Any]:

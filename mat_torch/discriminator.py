@@ -92,7 +92,9 @@ def _trunk(config: GeneratorConfig, divisor: int) -> tuple[nn.Sequential, int]:
     """Everything from the image to 4×4, and the channels there. Widths are the generator's."""
 
     def channels(resolution: int) -> int:
-        return max(1, config.channels(resolution) // divisor)
+        width = max(1, config.channels(resolution) // divisor)
+        # Tensor cores take channels in eights (all published widths are such).
+        return width if width < 16 else -(-width // 8) * 8
 
     layers: list[nn.Module] = [FromImage(channels(config.resolution))]
     for n in range(config.log2_resolution, 2, -1):

@@ -17,24 +17,26 @@ torch is imported where it is used: importing this module needs NumPy alone.
 from __future__ import annotations
 
 import itertools
-import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mat_torch.metrics import (
-    discriminative_scores,
-    frechet_distance,
-    l1,
-    pairwise_diversity,
-    precision_recall,
-    psnr,
-    ssim,
-)
+from mat_torch.metrics import l1, pairwise_diversity, psnr, ssim
 from mat_torch.sampling import draw
+from mat_torch.scores import (
+    HOLE_BINS,
+    Evaluation,
+    EvaluationError,
+    Rows,
+    Scores,
+    check_bins,
+    comparison_table,
+    summarise,
+)
 
 if TYPE_CHECKING:
     from mat_torch.features import FeatureNetwork, MapFeatures, PooledFeatures
@@ -51,6 +53,7 @@ __all__ = [
     "comparison_table",
     "evaluate",
     "generator_fill",
+    "measure",
     "opencv_fill",
 ]
 
@@ -63,195 +66,10 @@ an image) → [B, 3, H, W] in [-1, 1]. What it gives outside the hole is not loo
 Progress: TypeAlias = Callable[[int, int | None], None]
 """Called with how many pictures are done, and how many there are (None if that is not known)."""
 
-HOLE_BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Edges of the bins of the hole's share of the picture; an edge belongs to the bin above it."""
-
 _GOLDEN = 0x9E3779B97F4A7C15
 """2⁶⁴ over the golden ratio, odd: its multiples visit every 64-bit number once, far apart."""
 
 _SEEDS = 2**64
-_NEIGHBOUR = 3
-"""k of precision and recall (Kynkäänniemi et al. 2019)."""
-
-
-class EvaluationError(ValueError):
-    """Pictures, masks or a method that cannot be evaluated. One sentence says what to do."""
-
-
-# -- results ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Every metric over some pictures, defined in `mat_torch.metrics`.
-
-    Metrics without ``_whole`` that compare picture with picture are of the hole alone. None: there
-    are too few pictures, or it was not measured.
-
-    Attributes:
-        label: Which pictures: a bin such as ``20–40 %``, or ``all``.
-        pictures: How many.
-        hole_ratio: Mean share of the hole, 0 to 1.
-        frechet: Fréchet distance; `Evaluation.frechet_name` says of what.
-        pids, uids: P-IDS and U-IDS, 0 to 1.
-        precision, recall: Improved precision and recall, 0 to 1.
-        psnr, psnr_whole: Mean of the pictures' dB; infinite if one was restored exactly.
-        ssim, ssim_whole: Mean SSIM.
-        l1, l1_whole: Mean absolute difference, 0 to 1 of the range.
-        perceptual: Mean unweighted perceptual distance (`features.perceptual_distance`).
-        diversity: Mean distance of features between answers to the same picture.
-    """
-
-    label: str
-    pictures: int
-    hole_ratio: float
-    frechet: float | None
-    pids: float | None
-    uids: float | None
-    precision: float | None
-    recall: float | None
-    psnr: float
-    psnr_whole: float
-    ssim: float
-    ssim_whole: float
-    l1: float
-    l1_whole: float
-    perceptual: float | None
-    diversity: float | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found.
-
-    Attributes:
-        name: The method.
-        features: Network of the set metrics and of diversity.
-        features_digest: SHA-256 of its weights.
-        frechet_name: What its Fréchet distance is called: FID with FID's own network alone.
-        perceptual: Network of the perceptual distance; None if there was none.
-        seed: What the answers' seeds come from (`answer_seed`).
-        answers: How many answers a picture got; the first is measured, diversity is of all.
-        overall: Over all pictures.
-        bins: By size of the hole; bins without pictures are left out.
-        notes: Sentences a reader of the numbers has to know.
-    """
-
-    name: str
-    features: str
-    features_digest: str
-    frechet_name: str
-    perceptual: str | None
-    seed: int
-    answers: int
-    overall: Scores
-    bins: tuple[Scores, ...]
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; numbers that are not finite (a PSNR of equal pictures) are None."""
-        plain: dict[str, Any] = _jsonable(asdict(self))
-        return plain
-
-    def table(self) -> str:
-        """A Markdown table, a row a bin and one for all, that reads as plain text too."""
-        rows = [(scores.label, scores) for scores in (*self.bins, self.overall)]
-        head = f"{self.name}: {self.overall.pictures} pictures, seed {self.seed}"
-        return "\n".join([head, "", *_markdown("hole", self.frechet_name, rows), *self._footer()])
-
-    def _footer(self) -> list[str]:
-        notes = [_caption(self), *self.notes]
-        return ["", *(f"- {note}" for note in notes)]
-
-
-def comparison_table(evaluations: Sequence[Evaluation], *, by_bin: bool = False) -> str:
-    """Several methods in one Markdown table.
-
-    Args:
-        evaluations: Of the same pictures, with the same feature networks.
-        by_bin: A row for each bin of each method, beside the one for all pictures.
-
-    Raises:
-        EvaluationError: If there are none, or they were measured differently.
-    """
-    if not evaluations:
-        raise EvaluationError("there is nothing to compare; give one evaluation or more")
-    first = evaluations[0]
-    for other in evaluations[1:]:
-        if _measured_by(other) != _measured_by(first):
-            raise EvaluationError(
-                f"'{first.name}' and '{other.name}' were measured with other networks or other "
-                "holes, so their numbers do not compare; evaluate both alike"
-            )
-    rows = []
-    for evaluation in evaluations:
-        for scores in (*(evaluation.bins if by_bin else ()), evaluation.overall):
-            label = f"{evaluation.name}, {scores.label}" if by_bin else evaluation.name
-            rows.append((label, scores))
-    notes = dict.fromkeys([_caption(first), *(note for e in evaluations for note in e.notes)])
-    lines = _markdown("method", first.frechet_name, rows)
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
-
-
-def _measured_by(evaluation: Evaluation) -> tuple[Any, ...]:
-    """What has to be equal for two evaluations to compare."""
-    holes = [(s.label, s.pictures, s.hole_ratio) for s in (*evaluation.bins, evaluation.overall)]
-    return evaluation.features_digest, evaluation.frechet_name, evaluation.perceptual, holes
-
-
-def _caption(evaluation: Evaluation) -> str:
-    network = f"Features: {evaluation.features} ({evaluation.features_digest[:8]})."
-    return f"PSNR, SSIM and L1 are of the hole, in brackets of the whole picture. {network}"
-
-
-def _markdown(first: str, frechet: str, rows: Sequence[tuple[str, Scores]]) -> list[str]:
-    """Lines of a table, its columns padded; a column without any number is left out."""
-    columns: list[tuple[str, Callable[[Scores], str]]] = [
-        ("pictures", lambda s: str(s.pictures)),
-        (frechet, lambda s: _number(s.frechet, ".2f")),
-        ("P-IDS %", lambda s: _number(s.pids, ".1f", 100.0)),
-        ("U-IDS %", lambda s: _number(s.uids, ".1f", 100.0)),
-        ("precision", lambda s: _number(s.precision, ".3f")),
-        ("recall", lambda s: _number(s.recall, ".3f")),
-        ("PSNR dB", lambda s: _pair(s.psnr, s.psnr_whole, ".2f")),
-        ("SSIM", lambda s: _pair(s.ssim, s.ssim_whole, ".3f")),
-        ("L1 %", lambda s: _pair(s.l1, s.l1_whole, ".2f", 100.0)),
-        ("perceptual", lambda s: _number(s.perceptual, ".4f")),
-        ("diversity", lambda s: _number(s.diversity, ".3f")),
-    ]
-    table = [[first, *(label for label, _ in rows)]]
-    for heading, shown in columns:
-        cells = [shown(scores) for _, scores in rows]
-        if any(cell != "–" for cell in cells):
-            table.append([heading, *cells])
-    widths = [max(map(len, column)) for column in table]
-    lines = [
-        f"| {cells[0]:<{widths[0]}} |"
-        + "".join(f" {cell:>{width}} |" for cell, width in zip(cells[1:], widths[1:], strict=True))
-        for cells in zip(*table, strict=True)
-    ]
-    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (w + 1)}:|" for w in widths[1:])
-    return [lines[0], rule, *lines[1:]]
-
-
-def _number(value: float | None, form: str, factor: float = 1.0) -> str:
-    if value is None:
-        return "–"
-    return "∞" if math.isinf(value) else format(value * factor, form)
-
-
-def _pair(hole: float, whole: float, form: str, factor: float = 1.0) -> str:
-    return f"{_number(hole, form, factor)} ({_number(whole, form, factor)})"
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -271,10 +89,7 @@ def evaluate(
     bins: Sequence[float] = HOLE_BINS,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Fill every picture's hole and measure the answers.
-
-    Pictures are taken one batch at a time and not kept: what grows is two vectors of features a
-    picture (10 KB with EfficientNet-Lite0, 16 KB with Inception), and a few copies at the end.
+    """Fill every picture's hole and measure the answers: `measure`, then `scores.summarise`.
 
     Args:
         fill: The method.
@@ -298,39 +113,70 @@ def evaluate(
             them, none at all, an argument out of range, or a method that gives another shape or
             numbers that are not finite.
     """
-    _check_arguments(batch, seed, answers, bins)
+    check_bins(bins)
     maps = _as_maps(features) if perceptual is None else perceptual
+    rows = measure(
+        fill,
+        pictures,
+        masks,
+        features,
+        perceptual=maps,
+        batch=batch,
+        seed=seed,
+        answers=answers,
+        progress=progress,
+    )
+    return summarise(
+        rows, features, name=name, perceptual=maps, seed=seed, answers=answers, bins=bins
+    )
+
+
+def measure(
+    fill: Fill,
+    pictures: Iterable[NDArray[Any]],
+    masks: Iterable[NDArray[Any]],
+    features: PooledFeatures,
+    *,
+    perceptual: MapFeatures | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    answers: int = 1,
+    first: int = 0,
+    progress: Progress | None = None,
+) -> Rows:
+    """Fill every picture's hole and measure each answer.
+
+    Pictures are taken one batch at a time and not kept: what grows is two vectors of features a
+    picture (10 KB with EfficientNet-Lite0, 16 KB with Inception), and a few copies at the end.
+
+    Args:
+        fill, pictures, masks, features, batch, seed, answers, progress: As `evaluate`.
+        perceptual: Network of the perceptual distances; None: they are left out.
+        first: Number of the first picture, so that parts of a set are measured as the whole is.
+
+    Returns:
+        Rows for `scores.summarise`; those of several parts are to be concatenated.
+
+    Raises:
+        EvaluationError: As `evaluate`.
+    """
+    _check_arguments(batch, seed, answers)
     total = len(pictures) if isinstance(pictures, Sized) else None
-    rows = _Rows()
+    parts: list[Rows] = []
     done = 0
     for image, mask in _batches(pictures, masks, batch):
-        indices = range(done, done + len(image))
+        indices = range(first + done, first + done + len(image))
         fakes = [
             _answer(fill, image, mask, [answer_seed(seed, i, answer) for i in indices])
             for answer in range(answers)
         ]
-        rows.add(image, mask, fakes, features, maps)
+        parts.append(_measured(image, mask, fakes, features, perceptual))
         done += len(image)
         if progress:
             progress(done, total)
     if not done:
         raise EvaluationError("there are no pictures to evaluate; give one or more")
-    arrays = rows.arrays()
-    everything = np.ones(done, dtype=bool)
-    overall = _scores("all", arrays, everything)
-    by_bin = tuple(_binned(arrays, bins))
-    return Evaluation(
-        name=name,
-        features=features.name,
-        features_digest=features.digest,
-        frechet_name=features.frechet_name,
-        perceptual=None if maps is None else maps.name,
-        seed=seed,
-        answers=answers,
-        overall=overall,
-        bins=by_bin,
-        notes=_notes((overall, *by_bin), features.dimensions),
-    )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def answer_seed(seed: int, picture: int, answer: int = 0) -> int:
@@ -338,32 +184,17 @@ def answer_seed(seed: int, picture: int, answer: int = 0) -> int:
     return (seed + (picture + (answer << 32)) * _GOLDEN) % _SEEDS
 
 
-def _check_arguments(batch: int, seed: int, answers: int, bins: Sequence[float]) -> None:
+def _check_arguments(batch: int, seed: int, answers: int) -> None:
     if batch < 1 or answers < 1:
         raise EvaluationError(f"batch and answers are 1 or more, got {batch} and {answers}")
     if not 0 <= seed < _SEEDS:
         raise EvaluationError(f"a seed is from 0 to 2**64 - 1, got {seed}")
-    increasing = all(low < high for low, high in itertools.pairwise(bins))
-    if len(bins) < 2 or bins[0] != 0.0 or bins[-1] != 1.0 or not increasing:
-        raise EvaluationError(f"edges of bins increase from 0 to 1, got {[*bins]}")
 
 
 def _as_maps(features: PooledFeatures) -> MapFeatures | None:
     from mat_torch.features import MapFeatures
 
     return features if isinstance(features, MapFeatures) else None
-
-
-def _notes(scores: Sequence[Scores], dimensions: int) -> tuple[str, ...]:
-    few = [f"{each.label} ({each.pictures})" for each in scores if each.pictures <= dimensions]
-    if not few:
-        return ()
-    note = (
-        f"No more pictures than the {dimensions} features in: {', '.join(few)}. There the Fréchet "
-        "distance is biased upwards, P-IDS and U-IDS are near 0 whatever the pictures, and they "
-        "compare between methods on these very pictures at most."
-    )
-    return (note,)
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -440,41 +271,30 @@ def _answer(fill: Fill, image: Array, mask: Array, seeds: Sequence[int]) -> Arra
     return np.where(mask > 0.5, image, _rounded(output))
 
 
-# -- collecting ------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Rows:
-    """What is kept of each batch: a row of numbers or of features a picture."""
-
-    parts: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
-
-    def add(
-        self,
-        real: Array,
-        mask: Array,
-        fakes: Sequence[Array],
-        features: PooledFeatures,
-        maps: MapFeatures | None,
-    ) -> None:
-        """Measure the first answer against the picture, and the answers against each other."""
-        fake = fakes[0]
-        # Not one minus the kept share, which would not be 0.2 where 80 % are kept.
-        new: dict[str, NDArray[Any]] = {"hole_ratio": (mask == 0).mean(axis=(1, 2, 3))}
-        for name, metric in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
-            new[name] = metric(fake, real, mask)
-            new[f"{name}_whole"] = metric(fake, real)
-        vectors = [_pooled(features, answer) for answer in fakes]
-        new["fake"], new["real"] = vectors[0], _pooled(features, real)
-        if len(fakes) > 1:
-            new["diversity"] = pairwise_diversity(np.stack(vectors, axis=1))
-        if maps is not None:
-            new["perceptual"] = _perceptual(maps, fake, real)
-        for name, values in new.items():
-            self.parts.setdefault(name, []).append(values)
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        return {name: np.concatenate(parts) for name, parts in self.parts.items()}
+def _measured(
+    real: Array,
+    mask: Array,
+    fakes: Sequence[Array],
+    features: PooledFeatures,
+    maps: MapFeatures | None,
+) -> Rows:
+    """Rows of a batch: the first answer against the picture, the answers against each other."""
+    fake = fakes[0]
+    # Not one minus the kept share, which would not be 0.2 where 80 % are kept.
+    rows: Rows = {"hole_ratio": (mask == 0).mean(axis=(1, 2, 3))}
+    for name, metric in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
+        rows[name] = metric(fake, real, mask)
+        rows[f"{name}_whole"] = metric(fake, real)
+    vectors = [_pooled(features, answer) for answer in fakes]
+    rows["fake"], rows["real"] = vectors[0], _pooled(features, real)
+    if len(fakes) > 1:
+        rows["feature_diversity"] = pairwise_diversity(np.stack(vectors, axis=1))
+    if maps is not None:
+        rows |= _perceptual(maps, real, mask, fakes)
+    return rows
 
 
 def _device(network: FeatureNetwork) -> Any:
@@ -489,53 +309,22 @@ def _pooled(features: PooledFeatures, images: Array) -> Array:
         return np.asarray(found.float().cpu().numpy())
 
 
-def _perceptual(maps: MapFeatures, a: Array, b: Array) -> Array:
+def _perceptual(maps: MapFeatures, real: Array, mask: Array, fakes: Sequence[Array]) -> Rows:
     import torch
 
-    from mat_torch.features import perceptual_distance
+    from mat_torch.features import pairwise_perceptual, perceptual_distance
 
     with torch.inference_mode():
-        x, y = (torch.from_numpy(images).to(_device(maps)) for images in (a, b))
-        return np.asarray(perceptual_distance(maps, x, y).float().cpu().numpy())
-
-
-def _binned(arrays: dict[str, NDArray[Any]], edges: Sequence[float]) -> Iterator[Scores]:
-    for low, high in itertools.pairwise(edges):
-        ratio = arrays["hole_ratio"]
-        chosen = (ratio >= low) & ((ratio < high) | (high == 1.0))
-        if chosen.any():
-            yield _scores(f"{100 * low:g}–{100 * high:g} %", arrays, chosen)
-
-
-def _scores(label: str, arrays: dict[str, NDArray[Any]], chosen: NDArray[np.bool_]) -> Scores:
-    """Every metric over the chosen pictures."""
-
-    def mean(name: str) -> float:
-        return float(np.mean(arrays[name][chosen], dtype=np.float64))
-
-    fake, real = arrays["fake"][chosen], arrays["real"][chosen]
-    # What a measure of sets needs at least; fewer than a handful say little anyway.
-    several, enough = len(fake) >= 2, len(fake) > _NEIGHBOUR
-    pids, uids = discriminative_scores(fake, real) if several else (None, None)
-    precision, recall = precision_recall(fake, real, k=_NEIGHBOUR) if enough else (None, None)
-    return Scores(
-        label=label,
-        pictures=len(fake),
-        hole_ratio=mean("hole_ratio"),
-        frechet=frechet_distance(fake, real) if several else None,
-        pids=pids,
-        uids=uids,
-        precision=precision,
-        recall=recall,
-        psnr=mean("psnr"),
-        psnr_whole=mean("psnr_whole"),
-        ssim=mean("ssim"),
-        ssim_whole=mean("ssim_whole"),
-        l1=mean("l1"),
-        l1_whole=mean("l1_whole"),
-        perceptual=mean("perceptual") if "perceptual" in arrays else None,
-        diversity=mean("diversity") if "diversity" in arrays else None,
-    )
+        x, keep, *answers = (
+            torch.from_numpy(array).to(_device(maps)) for array in (real, mask, *fakes)
+        )
+        found = {
+            "perceptual": perceptual_distance(maps, answers[0], x, keep),
+            "perceptual_whole": perceptual_distance(maps, answers[0], x),
+        }
+        if len(answers) > 1:
+            found["diversity"] = pairwise_perceptual(maps, answers, keep)
+        return {name: np.asarray(values.float().cpu().numpy()) for name, values in found.items()}
 
 
 # -- methods ---------------------------------------------------------------------------------------
@@ -601,11 +390,15 @@ def opencv_fill(
         del seeds  # there is nothing to draw
         levels = np.rint((image + 1.0) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
         holes = (mask[:, 0] == 0).astype(np.uint8)
-        filled = [
-            cv2.inpaint(np.ascontiguousarray(picture), hole, radius, flags[method])
-            for picture, hole in zip(levels, holes, strict=True)
-        ]
-        result = np.stack(filled).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
+
+        def filled(picture: NDArray[np.uint8], hole: NDArray[np.uint8]) -> NDArray[Any]:
+            return np.asarray(
+                cv2.inpaint(np.ascontiguousarray(picture), hole, radius, flags[method])
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            answers = list(pool.map(filled, levels, holes))
+        result = np.stack(answers).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
         return np.asarray(result)
 
     return fill

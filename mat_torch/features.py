@@ -15,6 +15,7 @@ What compares features is in `mat_torch.metrics` (arrays), here (`PerceptualLoss
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import stat
@@ -42,6 +43,7 @@ __all__ = [
     "PooledFeatures",
     "VGG19Features",
     "open_features",
+    "pairwise_perceptual",
     "perceptual_distance",
     "read_weights",
 ]
@@ -865,7 +867,9 @@ _DISTANCE_LAYERS = {
 """One layer of each resolution: the last one that has it."""
 
 
-def perceptual_distance(backbone: MapFeatures, a: Tensor, b: Tensor) -> Tensor:
+def perceptual_distance(
+    backbone: MapFeatures, a: Tensor, b: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Distance of pictures by deep features, unweighted: not LPIPS, which has learned weights.
 
     As Zhang et al. 2018, equation 1, with w = 1: at every place of a layer the channels are divided
@@ -875,6 +879,8 @@ def perceptual_distance(backbone: MapFeatures, a: Tensor, b: Tensor) -> Tensor:
     Args:
         backbone: Whose feature maps.
         a, b: [B, 3, H, W] in [-1, 1].
+        mask: [B, 1, H, W], 1 keep and 0 hole, with a hole: places count by how much of the hole
+            they cover. None: all alike.
 
     Returns:
         [B], 0 (the same features) to 4 (opposite ones).
@@ -883,12 +889,51 @@ def perceptual_distance(backbone: MapFeatures, a: Tensor, b: Tensor) -> Tensor:
         FeatureError: If the shapes differ, or these are no pictures.
     """
     _require_same_shape(a, b)
+    return _distance(_unit_maps(backbone, a), _unit_maps(backbone, b), mask)
+
+
+def pairwise_perceptual(
+    backbone: MapFeatures, pictures: Sequence[Tensor], mask: Tensor | None = None
+) -> Tensor:
+    """Mean `perceptual_distance` over all pairs of S versions of each picture.
+
+    Args:
+        backbone: Whose feature maps, made once a version.
+        pictures: S ≥ 2 versions, each [B, 3, H, W] in [-1, 1].
+        mask: As `perceptual_distance`.
+
+    Returns:
+        [B], 0 (all versions have the same features) to 4.
+
+    Raises:
+        FeatureError: If there are no pairs, the shapes differ, or these are no pictures.
+    """
+    if len(pictures) < 2:
+        raise FeatureError(f"pairs need two pictures or more, got {len(pictures)}")
+    for other in pictures[1:]:
+        _require_same_shape(pictures[0], other)
+    maps = [_unit_maps(backbone, picture) for picture in pictures]
+    pairs = [_distance(one, other, mask) for one, other in itertools.combinations(maps, 2)]
+    return torch.stack(pairs).mean(dim=0)
+
+
+def _unit_maps(backbone: MapFeatures, images: Tensor) -> list[Tensor]:
+    """One map of each resolution, the channels at each place divided by their norm."""
     layers = _DISTANCE_LAYERS.get(backbone.name, backbone.layers)
-    maps_a, maps_b = backbone.maps(a, layers), backbone.maps(b, layers)
+    found = backbone.maps(images, layers)
+    return [F.normalize(found[layer], dim=1) for layer in layers]
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """[B]: the layers' squared differences, averaged over places and layers."""
     distances = []
-    for layer in layers:
-        difference = F.normalize(maps_a[layer], dim=1) - F.normalize(maps_b[layer], dim=1)
-        distances.append(difference.square().sum(dim=1).mean(dim=(1, 2)))
+    for one, other in zip(a, b, strict=True):
+        places = (one - other).square().sum(dim=1)
+        if mask is not None:
+            height, width = places.shape[1:]
+            share = F.adaptive_avg_pool2d(1.0 - mask, (height, width))[:, 0]
+            places = places * share / share.mean(dim=(1, 2), keepdim=True)
+        distances.append(places.mean(dim=(1, 2)))
     return torch.stack(distances).mean(dim=0)
 
 

@@ -1,5 +1,7 @@
 """What MAT is trained with: adversarial and perceptual losses, and R1 (paper, section 3.5).
 
+The reconstruction loss is ours, for short runs; the published recipe does without it.
+
 Each function is headed by its equation. All of them average over the images of a batch, so the mean
 of the losses of equal parts of a batch is that of the whole.
 """
@@ -21,6 +23,7 @@ __all__ = [
     "gradient_penalty",
     "lazy_r1_weight",
     "real_loss",
+    "reconstruction_loss",
 ]
 
 Perceptual: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +52,17 @@ def fake_loss(logits: Tensor, logits_coarse: Tensor) -> Tensor:
 def real_loss(logits: Tensor, logits_coarse: Tensor) -> Tensor:
     """``E[softplus(−D(x))] + E[softplus(−D_coarse(x))]``: the discriminator's, on photographs."""
     return generator_loss(logits, logits_coarse)  # one formula: whoever wants high logits
+
+
+def reconstruction_loss(output: Tensor, coarse: Tensor, image: Tensor) -> Tensor:
+    """``E|x̂ − x| + E|x̂_coarse − x|``, over all pixels and channels; kept pixels add nothing.
+
+    Args:
+        output: [B, 3, r, r] in [-1, 1].
+        coarse: Of stage one, likewise.
+        image: The photographs.
+    """
+    return F.l1_loss(output, image) + F.l1_loss(coarse, image)
 
 
 def gradient_penalty(critic: Critic, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

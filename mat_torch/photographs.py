@@ -126,30 +126,15 @@ class Picture:
 
 # -- what is taken ---------------------------------------------------------------------------------
 
+# A few of many: every picture counts alike in training, and photographs are to be the most.
 _UFOAI_TEXTURES = """
-tex_buildings/floor008.png tex_buildings/floor012.jpg tex_buildings/floor033.jpg
-tex_buildings/floor036.png tex_buildings/floor_se01.png tex_buildings/floor_se03.png
-tex_buildings/floor_se04.png tex_buildings/metal01.png tex_buildings/surface2.jpg
-tex_buildings/wall041.png tex_buildings/wall043.png tex_buildings/wall_brick01.png
-tex_buildings/wall_dirt3.png tex_buildings/wall_stone_dirt.png tex_buildings_snow/wall002.png
-tex_ctp1/bricks_g_1.jpg tex_ctp1/bricks_m_1.jpg tex_ctp1/bricks_r_3.jpg tex_ctp1/concrete_g_11.jpg
-tex_ctp1/concrete_s_1.jpg tex_ctp1/dirt_b_1.jpg tex_ctp1/door_w_1.jpg tex_ctp1/door_w_2.jpg
-tex_ctp1/hedge01.jpg tex_ctp1/marble_m_1.jpg tex_ctp1/roof_t_1.jpg tex_ctp1/roof_t_2.jpg
-tex_ctp1/roof_w_1.jpg tex_ctp1/sand_s_1.jpg tex_ctp1/tiles_g_2.jpg tex_ctp1/tiles_m_5.jpg
-tex_ctp1/tiles_w_1.jpg tex_ctp1/volcano_b_1.jpg tex_ctp1/wood_b_10.jpg tex_ctp1/wood_b_4.jpg
-tex_ctp1/wood_b_6.jpg tex_ctp1/wood_b_9.jpg tex_ctp1/woodb_5.jpg tex_doors/door012.png
-tex_doors/door014.png tex_material/wood003.png tex_mattn/door027.jpg tex_mattn/door031.jpg
-tex_mattn/door036.jpg tex_mattn/door038.jpg tex_mattn/door046.jpg tex_mattn/door052.jpg
-tex_mattn/door055.jpg tex_mattn/door059.jpg tex_mattn/door061.png tex_mattn/door063.png
-tex_mattn/door064.png tex_mattn/egypt002.png tex_mattn/floor010.jpg tex_mattn/floor028.png
-tex_mattn/rock004.png tex_mattn/roof008.jpg tex_mattn/rust.jpg tex_mattn/stone002.png
-tex_mattn/straw2.jpg tex_mattn/wall008.jpg tex_mattn/wall034.jpg tex_mattn/wall047.jpg
-tex_mattn/wall049.jpg tex_mattn/wall053.jpg tex_mattn/wall062.jpg tex_mattn/wall065.jpg
-tex_mattn/wall067.jpg tex_mattn/wall071.jpg tex_mattn/wall073.jpg tex_mattn/wall078.jpg
-tex_mattn/wall079.jpg tex_mattn/wall085.png tex_mattn/wall088.png tex_mattn/wall089.png
-tex_mattn/wall_bricks002.jpg tex_mattn/wood006.jpg tex_mattn/wood008.jpg tex_mattn/wood013.jpg
-tex_mattn/wood016.jpg tex_misc/container004.png tex_misc/container007.png tex_nature/desert007.png
-tex_nature/grass_tall_green_a.jpg tex_nature/railway.png tex_nature/sand.jpg
+tex_buildings/floor008.png tex_buildings/floor033.jpg tex_buildings/wall041.png
+tex_buildings/wall_stone_dirt.png tex_ctp1/bricks_g_1.jpg tex_ctp1/concrete_g_11.jpg
+tex_ctp1/hedge01.jpg tex_ctp1/marble_m_1.jpg tex_ctp1/roof_t_1.jpg tex_ctp1/sand_s_1.jpg
+tex_ctp1/tiles_m_5.jpg tex_ctp1/wood_b_4.jpg tex_ctp1/woodb_5.jpg tex_mattn/egypt002.png
+tex_mattn/floor010.jpg tex_mattn/rock004.png tex_mattn/rust.jpg tex_mattn/straw2.jpg
+tex_mattn/wall053.jpg tex_mattn/wall_bricks002.jpg tex_mattn/wood013.jpg tex_nature/desert007.png
+tex_nature/grass_tall_green_a.jpg tex_nature/railway.png
 """
 
 _NEXUIZ_TEXTURES = """

@@ -337,7 +337,7 @@ class _Interruption:
 
 @contextmanager
 def _arithmetic(options: TrainingOptions, device: torch.device) -> Iterator[None]:
-    """CUDA's settings for this run: TF32 or not, and convolutions chosen by trial."""
+    """CUDA's settings for this run: TF32 or not."""
     if device.type != "cuda":
         yield
         return
@@ -345,7 +345,6 @@ def _arithmetic(options: TrainingOptions, device: torch.device) -> Iterator[None
     settings = (
         (backends.cuda.matmul, "fp32_precision", "tf32" if options.tf32 else "ieee"),
         (backends.cudnn.conv, "fp32_precision", "tf32" if options.tf32 else "ieee"),
-        (backends.cudnn, "benchmark", True),
     )
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     try:

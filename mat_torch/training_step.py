@@ -20,6 +20,7 @@ from mat_torch.losses import (
     gradient_penalty,
     lazy_r1_weight,
     real_loss,
+    reconstruction_loss,
 )
 from mat_torch.training_draws import Draws, draw_for_training
 from mat_torch.training_options import TrainingError
@@ -113,7 +114,8 @@ class StepReport:
 
     Attributes:
         scalars: Means over the step's images by name: ``loss_generator``, ``loss_discriminator``,
-            ``perceptual`` and ``r1`` where they were computed, and the gradients' norms.
+            ``perceptual``, ``reconstruction`` and ``r1`` where they were computed, and the
+            gradients' norms.
         skipped: Whether an update was left out, for a loss or gradient was not finite.
     """
 
@@ -208,25 +210,31 @@ def _update(optimizer: Adam) -> None:
 def _generator_gradients(
     state: TrainingState, networks: Networks, parts: list[_Part], perceptual: Perceptual | None
 ) -> tuple[dict[str, Any], Tensor]:
-    """``∇[E softplus(−D(G)) + λ·perceptual]``; returns the means of the terms, and of w."""
+    """``∇[E softplus(−D(G)) + λ·perceptual + μ·reconstruction]``.
+
+    Returns the means of the terms, and of w.
+    """
     options = state.options
-    adversarial = torch.zeros((), device=state.device)
-    distance, w_mean = adversarial.clone(), torch.zeros_like(state.generator.mapping.w_avg)
-    weight = options.perceptual_weight if perceptual is not None else 0.0
+    means: dict[str, Tensor] = {}
+    w_mean = torch.zeros_like(state.generator.mapping.w_avg)
     for part in parts:
         network = networks.generator_synced if part.last else networks.generator
         with _autocast(state):
             output, coarse, w = _generate(state, network, part, "generator")
-            loss = generator_loss(*networks.discriminator(output, coarse, part.mask))
-            adversarial += loss.detach() / len(parts)
-            if perceptual is not None and weight > 0.0:
+            logits = networks.discriminator(output, coarse, part.mask)
+            terms = {"loss_generator": (1.0, generator_loss(*logits))}
+            if perceptual is not None and options.perceptual_weight > 0.0:
                 value = perceptual(output, part.image)
-                distance += value.detach() / len(parts)
-                loss = loss + weight * value
+                terms["perceptual"] = options.perceptual_weight, value
+            if options.reconstruction_weight > 0.0:
+                value = reconstruction_loss(output, coarse, part.image)
+                terms["reconstruction"] = options.reconstruction_weight, value
+            loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
         (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
         w_mean += w.mean(dim=0) / len(parts)
-    scalars = {"loss_generator": adversarial}
-    return scalars | ({"perceptual": distance} if weight > 0.0 else {}), w_mean
+        for name, (_, value) in terms.items():
+            means[name] = means.get(name, 0.0) + value.detach() / len(parts)
+    return means, w_mean
 
 
 def _discriminator_gradients(
@@ -241,8 +249,10 @@ def _discriminator_gradients(
     for part in parts:
         # Fakes.
         with _autocast(state):
-            with torch.no_grad():
+            # Compiled, the graph with gradients serves here too: another one takes minutes to make.
+            with torch.set_grad_enabled(options.compile):
                 output, coarse, _ = _generate(state, networks.generator, part, "discriminator")
+            output, coarse = output.detach(), coarse.detach()
             fake = fake_loss(*networks.discriminator(output, coarse, part.mask))
         (fake / len(parts)).backward()  # type: ignore[no-untyped-call]
         # R1, in float32 and by the eager network: it differentiates twice.

@@ -283,12 +283,17 @@ def test_torch_compile_takes_the_training_networks_as_one_graph_each() -> None:
     network, inputs = StyledGenerator(state.generator, 0.5), _inputs([0, 1, 2, 3])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         output, coarse, _ = torch.compile(network, fullgraph=True, backend=note)(*inputs)
-        assert torch.equal(output, network(*inputs)[0])
+        # Other arithmetic in the filters: apart by rounding to bfloat16.
+        _assert_near(output, network(*inputs)[0], 0.02)
         critic = torch.compile(state.discriminator, fullgraph=True, backend=note)
         logits = critic(output, coarse, inputs[1])
-        assert torch.equal(logits[0], state.discriminator(output, coarse, inputs[1])[0])
+        _assert_near(logits[0], state.discriminator(output, coarse, inputs[1])[0], 0.02)
     assert len(graphs) == 2
     torch.compiler.reset()
+
+
+def _assert_near(value: Tensor, expected: Tensor, relative: float) -> None:
+    assert (value - expected).norm() < relative * expected.norm()
 
 
 def test_a_compiled_step_has_the_gradients_of_an_eager_one(
@@ -347,7 +352,9 @@ def test_the_generators_step_computes_no_gradients_of_the_discriminator() -> Non
 
 def test_the_gradients_are_those_of_the_losses() -> None:
     """Against the equations written out: float32, no mixing, the gradients of autograd alone."""
-    settings = options(perceptual_weight=0.5, style_mixing=0.0, r1_interval=3)
+    settings = options(
+        perceptual_weight=0.5, reconstruction_weight=2.0, style_mixing=0.0, r1_interval=3
+    )
     state, other = seasoned_state(settings), seasoned_state(settings)
     found = _gradients(state, perceptual=l1)
     batch = batch_of([0, 1, 2, 3])
@@ -363,6 +370,7 @@ def test_the_gradients_are_those_of_the_losses() -> None:
     output, coarse = pictures(other.generator, "generator")
     logits = other.discriminator(output, coarse, mask)
     loss: Any = sum(softplus(-x).mean() for x in logits) + 0.5 * l1(output, image)
+    loss = loss + 2.0 * ((output - image).abs().mean() + (coarse - image).abs().mean())
     loss.backward()
     # The discriminator's fakes come from the updated generator.
     output, coarse = (x.detach() for x in pictures(state.generator, "discriminator"))

@@ -6,6 +6,7 @@ The layers themselves run in float32, so results are compared at its rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from typing import TypeVar
 
@@ -31,6 +32,7 @@ from mat_torch.layers import (
     PartialConv,
     StyleConv,
     ToRGB,
+    blur,
     fir_kernel,
     lrelu,
     mask_count,
@@ -625,3 +627,27 @@ def test_a_block_off_its_native_grid_makes_the_regions_of_the_grid_it_gets() -> 
 def test_a_token_of_zero_is_no_division_by_zero() -> None:
     block = _randomised(Block(6, 2, window=4, shift=0, grid=4))
     assert bool(block(torch.zeros(1, 4, 4, 6))[0].isfinite().all())
+
+
+# -- compiled --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "resample",
+    [
+        lambda x: blur(x, fir_kernel(4.0), 1),
+        lambda x: blur(x, fir_kernel(), 2),
+        lambda x: blur(x, fir_kernel(), 1, 2),
+        lambda x: upsample_image(x, fir_kernel(4.0)),
+    ],
+    ids=["up", "down", "halve", "upsample_image"],
+)
+def test_compiled_the_filters_are_other_arithmetic_with_the_same_values_and_gradients(
+    resample: Callable[[Tensor], Tensor],
+) -> None:
+    x = _random(2, 3, 8, 12).double().requires_grad_()
+    eager, compiled = resample(x), torch.compile(resample, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, eager)
+    weights = _random(*eager.shape, seed=1).double()
+    expected, got = (torch.autograd.grad(y, x, weights)[0] for y in (eager, compiled))
+    torch.testing.assert_close(got, expected)
