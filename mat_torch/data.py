@@ -17,6 +17,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import signal
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -584,6 +585,7 @@ def loader(
             "prefetch_factor": prefetch,
             # Forked workers share the preloaded pictures.
             "multiprocessing_context": "fork" if forks else None,
+            "worker_init_fn": _leave_signals,
         }
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # map-style by its methods; torch stays a late import
@@ -593,6 +595,12 @@ def loader(
         generator=torch.Generator().manual_seed(0),
         **options,
     )
+
+
+def _leave_signals(_worker: int) -> None:
+    """In a worker: whoever stops the whole group means the trainer, which ends its step and us."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class WaitMeter(Generic[_T]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
+import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -575,3 +577,14 @@ def test_the_hash_says_where_neighbours_grow_brighter() -> None:
     downwards = np.stack([ramp] * 3, axis=-1)
     assert picture_hash(downwards).tolist() == [False] * 64 + [True] * 64
     assert picture_hash(downwards.transpose(1, 0, 2)).tolist() == [True] * 64 + [False] * 64
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(folder: Path) -> None:
+    """As Ctrl-C in a terminal and a service manager's stop send it."""
+    dataset = TrainingSet(open_source(folder), 64, 0)
+    batches = iter(loader(dataset, CountingSampler(0, 1), workers=1))
+    next(batches)
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid or 0, number)
+    assert [int(next(batches)["number"][0]) for _ in range(12)] == [*range(1, 13)]
