@@ -43,6 +43,9 @@ class TrainingOptions:
         w_avg_decay: Decay of the average w a step.
         perceptual_weight: Of the perceptual loss; 0 does without it.
         reconstruction_weight: Of both stages' absolute error; 0, as published, does without it.
+        gradient_limit: Elements of gradients are cut to ± this; None, as published: they are not.
+            At the start a few biases have gradients of 1e10 (tokens of empty windows have no
+            length), and Adam's second moments remember one for thousands of steps.
         bf16: The networks' main passes under bfloat16 autocast; R1 stays in float32.
         max_skipped: Training stops once so many steps in a row were not finite.
         images: Length of the run in images.
@@ -78,6 +81,7 @@ class TrainingOptions:
     w_avg_decay: float = 0.995
     perceptual_weight: float = 0.1
     reconstruction_weight: float = 0.0
+    gradient_limit: float | None = None
     bf16: bool = True
     # -- how it is computed and watched ------------------------------------------------------------
     max_skipped: int = _free(20)
@@ -103,7 +107,7 @@ class TrainingOptions:
                 raise TrainingError(f"{name} is a whole number from {low} to {high}, got {value!r}")
         for name, limit in _REAL:
             value = getattr(self, name)
-            if name == "ema_ramp_up" and value is None:
+            if name in ("ema_ramp_up", "gradient_limit") and value is None:
                 continue
             if type(value) not in (int, float) or not 0.0 <= value <= limit:
                 raise TrainingError(f"{name} is a number from 0 to {limit:g}, got {value!r}")
@@ -202,6 +206,7 @@ _REAL = (
     ("w_avg_decay", 1.0),
     ("perceptual_weight", math.inf),
     ("reconstruction_weight", math.inf),
+    ("gradient_limit", math.inf),
 )
 
 TRAINING_PRESETS: dict[str, TrainingOptions] = {
@@ -217,6 +222,7 @@ TRAINING_PRESETS: dict[str, TrainingOptions] = {
         r1_gamma=2.0,
         perceptual_weight=0.5,
         reconstruction_weight=3.0,
+        gradient_limit=1.0,
         images=2_000_000,
         compile=True,
         grid_every=20_000,

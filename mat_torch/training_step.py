@@ -186,7 +186,7 @@ def _updates(
     if not finite:
         state.generator_adam.zero_grad()
         return StepReport(scalars, skipped=True)
-    _update(state.generator_adam)
+    _update(state.generator_adam, state.options.gradient_limit)
     state.generator.mapping.track_average(w[None], state.options.w_avg_decay)
     state.track_ema(state.counters.images + state.options.batch)
     # The discriminator, on fresh fakes of the generator as it is now.
@@ -194,12 +194,15 @@ def _updates(
     mine = _discriminator_gradients(state, networks, parts)
     mine, _, finite = _agree(state.discriminator, "gradient_discriminator", mine, w[:0], world)
     if finite:
-        _update(state.discriminator_adam)
+        _update(state.discriminator_adam, state.options.gradient_limit)
     state.discriminator_adam.zero_grad()
     return StepReport(scalars | mine, skipped=not finite)
 
 
-def _update(optimizer: Adam) -> None:
+def _update(optimizer: Adam, limit: float | None) -> None:
+    if limit is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_value_(parameters, limit)
     optimizer.step()
     optimizer.zero_grad()  # gives the memory back
 

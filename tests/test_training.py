@@ -337,6 +337,23 @@ def test_a_step_updates_every_parameter_and_leaves_the_callers_randomness_alone(
         assert all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_gradients_are_cut_to_their_limit_before_adam_sees_them() -> None:
+    limit = 1e-4
+    free, cut = (seasoned_state(options(gradient_limit=value)) for value in (None, limit))
+    for state in (free, cut):
+        _step(state)
+    # After one step from zero moments: v = (1 - β₂)·g².
+    moments = [
+        torch.cat(
+            [values["exp_avg_sq"].flatten() for values in state.generator_adam.state.values()]
+        )
+        for state in (free, cut)
+    ]
+    first = 0.01 * limit**2
+    assert moments[0].max() > 10 * first
+    torch.testing.assert_close(moments[1], moments[0].clamp(max=first))
+
+
 def test_the_generators_step_computes_no_gradients_of_the_discriminator() -> None:
     state = seasoned_state(options(perceptual_weight=0.1))
     seen: list[bool] = []
