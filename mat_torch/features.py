@@ -15,6 +15,7 @@ What compares features is in `mat_torch.metrics` (arrays), here (`PerceptualLoss
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -172,9 +173,16 @@ def _require_pictures(images: Tensor) -> None:
 
 def _normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """From [-1, 1] to ``(x − mean) / std`` of x in [0, 1]."""
-    centre = images.new_tensor(mean).view(1, 3, 1, 1) * 2.0 - 1.0
-    scale = images.new_tensor(std).view(1, 3, 1, 1) * 2.0
+    centre = _channels(tuple(2.0 * m - 1.0 for m in mean), images.device, images.dtype)
+    scale = _channels(tuple(2.0 * s for s in std), images.device, images.dtype)
     return (images - centre) / scale
+
+
+@functools.lru_cache(maxsize=32)
+def _channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[1, C, 1, 1], copied to the device once: a CUDA graph cannot capture the copy."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class TrainingOptions:
         tf32: Let CUDA round the inputs of float32 products to TF32.
         channels_last: Memory layout of activations; faster for 16 bits on CUDA.
         compile: torch.compile for both networks (not for R1, which differentiates twice).
+        cuda_graphs: Capture a step's work once and replay it: thousands of kernels are then
+            launched at once. On CUDA, for one process without micro-batches; else it does nothing.
         log_every: Images between lines of the log.
         grid_every: Images between grids of pictures; 0: none.
         grid_images: Pictures in a grid.
@@ -90,6 +92,7 @@ class TrainingOptions:
     tf32: bool = _free(True)
     channels_last: bool = _free(True)
     compile: bool = _free(False)
+    cuda_graphs: bool = _free(False)
     log_every: int = _free(3_200)
     grid_every: int = _free(200_000)
     grid_images: int = _free(8)
@@ -225,6 +228,7 @@ TRAINING_PRESETS: dict[str, TrainingOptions] = {
         gradient_limit=1.0,
         images=2_000_000,
         compile=True,
+        cuda_graphs=True,
         grid_every=20_000,
         checkpoint_every=20_000,
         keep_every=200_000,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from mat_torch.losses import (
     real_loss,
     reconstruction_loss,
 )
-from mat_torch.training_draws import Draws, draw_for_training
+from mat_torch.training_draws import draw_for_training
+from mat_torch.training_graphs import Replayed, Work
 from mat_torch.training_options import TrainingError
 from mat_torch.training_state import TrainingState
 
@@ -81,12 +83,24 @@ class Networks:
         generator_synced: The same, for the last micro-batch.
         discriminator: Of the state.
         discriminator_synced: The same, for the last backward pass.
+        replayed: What was captured into CUDA graphs, by name; None: nothing is to be.
     """
 
     generator: nn.Module
     generator_synced: nn.Module
     discriminator: nn.Module
     discriminator_synced: nn.Module
+    replayed: dict[str, Replayed] | None = None
+
+    def compute(
+        self, name: str, network: nn.Module, work: Work, inputs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Do a piece of work that leaves gradients in a network, or replay it by its name."""
+        if self.replayed is None:
+            return work(*inputs)
+        if name not in self.replayed:
+            self.replayed[name] = Replayed(network.parameters())
+        return self.replayed[name](work, inputs)
 
 
 def prepare(state: TrainingState, world: World) -> Networks:
@@ -97,7 +111,12 @@ def prepare(state: TrainingState, world: World) -> Networks:
         network.requires_grad_(True)
     if state.options.compile:
         generator, discriminator = map(_compiled, (generator, discriminator))
-    return Networks(generator, world.synced(generator), discriminator, world.synced(discriminator))
+    synced = world.synced(generator), world.synced(discriminator)
+    options = state.options
+    alone = world.size == 1 and options.accumulate == 1
+    graphs = options.cuda_graphs and alone and state.device.type == "cuda"
+    replayed: dict[str, Replayed] | None = {} if graphs else None
+    return Networks(generator, synced[0], discriminator, synced[1], replayed)
 
 
 def _compiled(network: nn.Module) -> nn.Module:
@@ -218,26 +237,32 @@ def _generator_gradients(
     Returns the means of the terms, and of w.
     """
     options = state.options
-    means: dict[str, Tensor] = {}
-    w_mean = torch.zeros_like(state.generator.mapping.w_avg)
+    weights = {"loss_generator": 1.0}
+    if perceptual is not None and options.perceptual_weight > 0.0:
+        weights["perceptual"] = options.perceptual_weight
+    if options.reconstruction_weight > 0.0:
+        weights["reconstruction"] = options.reconstruction_weight
+
+    def work(network: nn.Module, image: Tensor, mask: Tensor, *draws: Tensor) -> list[Tensor]:
+        with _autocast(state):
+            output, coarse, w = _generate(state, network, image, mask, draws)
+            terms = [generator_loss(*networks.discriminator(output, coarse, mask))]
+            if perceptual is not None and "perceptual" in weights:
+                terms.append(perceptual(output, image))
+            if "reconstruction" in weights:
+                terms.append(reconstruction_loss(output, coarse, image))
+            weighted = [weight * term for weight, term in zip(weights.values(), terms, strict=True)]
+        (torch.stack(weighted).sum() / len(parts)).backward()  # type: ignore[no-untyped-call]
+        return [torch.stack(terms).detach() / len(parts), w.mean(dim=0) / len(parts)]
+
+    results = []
     for part in parts:
         network = networks.generator_synced if part.last else networks.generator
-        with _autocast(state):
-            output, coarse, w = _generate(state, network, part, "generator")
-            logits = networks.discriminator(output, coarse, part.mask)
-            terms = {"loss_generator": (1.0, generator_loss(*logits))}
-            if perceptual is not None and options.perceptual_weight > 0.0:
-                value = perceptual(output, part.image)
-                terms["perceptual"] = options.perceptual_weight, value
-            if options.reconstruction_weight > 0.0:
-                value = reconstruction_loss(output, coarse, part.image)
-                terms["reconstruction"] = options.reconstruction_weight, value
-            loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
-        w_mean += w.mean(dim=0) / len(parts)
-        for name, (_, value) in terms.items():
-            means[name] = means.get(name, 0.0) + value.detach() / len(parts)
-    return means, w_mean
+        inputs = (part.image, part.mask, *_draws(state, part, "generator"))
+        own = partial(work, network)
+        results.append(networks.compute("generator", state.generator, own, inputs))
+    means, w_mean = _sums(results)
+    return dict(zip(weights, means, strict=True)), w_mean
 
 
 def _discriminator_gradients(
@@ -245,40 +270,50 @@ def _discriminator_gradients(
 ) -> dict[str, Any]:
     """``∇E[softplus(D(G)) + softplus(−D(x))]``, and in R1's steps ``+ interval·γ/2·∇E[R1]``."""
     options = state.options
-    loss_mean = torch.zeros((), device=state.device)
-    r1_mean = loss_mean.clone()
     with_r1 = options.r1_gamma > 0.0 and state.counters.steps % options.r1_interval == 0
     weight = lazy_r1_weight(options.r1_gamma, options.r1_interval)
-    for part in parts:
+
+    def work(network: nn.Module, image: Tensor, mask: Tensor, *draws: Tensor) -> list[Tensor]:
         # Fakes.
         with _autocast(state):
             # Compiled, the graph with gradients serves here too: another one takes minutes to make.
             with torch.set_grad_enabled(options.compile):
-                output, coarse, _ = _generate(state, networks.generator, part, "discriminator")
+                output, coarse, _ = _generate(state, networks.generator, image, mask, draws)
             output, coarse = output.detach(), coarse.detach()
-            fake = fake_loss(*networks.discriminator(output, coarse, part.mask))
+            fake = fake_loss(*networks.discriminator(output, coarse, mask))
         (fake / len(parts)).backward()  # type: ignore[no-untyped-call]
+        results = []
         # R1, in float32 and by the eager network: it differentiates twice.
         if with_r1:
-            penalty, penalty_coarse = gradient_penalty(state.discriminator, part.image, part.mask)
+            penalty, penalty_coarse = gradient_penalty(state.discriminator, image, mask)
             r1 = (penalty + penalty_coarse).mean()
             (weight / len(parts) * r1).backward()  # type: ignore[no-untyped-call]
-            r1_mean += r1.detach() / len(parts)
+            results.append(r1.detach() / len(parts))
         # Photographs. Last, as every parameter takes part, and all gradients go out with these.
-        network = networks.discriminator_synced if part.last else networks.discriminator
         with _autocast(state):
-            real = real_loss(*network(part.image, part.image, part.mask))
+            real = real_loss(*network(image, image, mask))
         (real / len(parts)).backward()  # type: ignore[no-untyped-call]
-        loss_mean += (fake + real).detach() / len(parts)
-    scalars = {"loss_discriminator": loss_mean}
-    return scalars | ({"r1": r1_mean} if with_r1 else {})
+        return [(fake + real).detach() / len(parts), *results]
+
+    names = ["loss_discriminator", "r1"][: 1 + with_r1]
+    results = []
+    for part in parts:
+        network = networks.discriminator_synced if part.last else networks.discriminator
+        inputs = (part.image, part.mask, *_draws(state, part, "discriminator"))
+        own = partial(work, network)
+        results.append(networks.compute("+".join(names), state.discriminator, own, inputs))
+    return dict(zip(names, _sums(results), strict=True))
 
 
-def _generate(
-    state: TrainingState, network: nn.Module, part: _Part, purpose: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Of each result over the micro-batches."""
+    return [torch.stack(values).sum(dim=0) for values in zip(*results, strict=True)]
+
+
+def _draws(state: TrainingState, part: _Part, purpose: str) -> tuple[Tensor, ...]:
+    """What `_generate` takes beside pictures."""
     options = state.options
-    draws: Draws = draw_for_training(
+    draws = draw_for_training(
         options.config,
         options.seed,
         purpose,
@@ -289,8 +324,16 @@ def _generate(
     # Gates are 0 and 1, exact in 16 bits too; a float32 one would make the features float32.
     kind = torch.bfloat16 if options.bf16 else torch.float32
     gates = draws.gate_tokens.to(kind), draws.gate_bottleneck.to(kind)
+    return (draws.z, draws.cutoff, *gates, *draws.noise.values())
+
+
+def _generate(
+    state: TrainingState, network: nn.Module, image: Tensor, mask: Tensor, draws: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, cutoff, gate_tokens, gate_bottleneck, *maps = draws
+    noise = dict(zip(state.options.config.noise_resolutions, maps, strict=True))
     pictures: tuple[Tensor, Tensor, Tensor] = network(
-        part.image, part.mask, draws.z, draws.cutoff, *gates, draws.noise
+        image, mask, z, cutoff, gate_tokens, gate_bottleneck, noise
     )
     return pictures
 

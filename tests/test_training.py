@@ -26,6 +26,7 @@ from mat_torch.distributed import World
 from mat_torch.layers import ModulatedConv, StyleConv, ToRGB
 from mat_torch.training import picture_columns, train
 from mat_torch.training_draws import Draws, draw_for_training
+from mat_torch.training_graphs import Replayed
 from mat_torch.training_log import Meter, RunLog, picture_grid
 from mat_torch.training_options import (
     TRAINING_PRESETS,
@@ -311,6 +312,30 @@ def test_a_compiled_step_has_the_gradients_of_an_eager_one(
     for kind in ("Generator", "Discriminator"):
         mine = {name: g for name, g in expected.items() if name.startswith(kind)}
         _assert_same(mine, found, 1e-4)
+
+
+def test_replayed_steps_are_the_same_steps() -> None:
+    """A CUDA graph is a function run again on the memory of its first inputs: so is this."""
+
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
+
+    states = [seasoned_state(options(r1_interval=2, perceptual_weight=0.1)) for _ in range(2)]
+    plain, replayed = (prepare(state, World(device=state.device)) for state in states)
+    recorded = {"generator": Replayed(states[1].generator.parameters(), record)}
+    for name in ("loss_discriminator", "loss_discriminator+r1"):
+        recorded[name] = Replayed(states[1].discriminator.parameters(), record)
+    replayed = replace(replayed, replayed=recorded)
+    for first in (0, 4, 8, 12):
+        batch = batch_of([*range(first, first + 4)])
+        one, other = (
+            train_step(state, networks, batch, perceptual=l1)
+            for state, networks in zip(states, (plain, replayed), strict=True)
+        )
+        assert one == other
+    for mine, its in zip(states[0].ema.parameters(), states[1].ema.parameters(), strict=True):
+        assert torch.equal(mine, its)
 
 
 # -- a step ----------------------------------------------------------------------------------------
