@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw
 from mat_export.contract import UserError
 from mat_export.images import write_image
 
-__all__ = ["write_example"]
+__all__ = ["PHOTOGRAPH", "write_example"]
+
+PHOTOGRAPH = "chelsea"
+"""Its name in scikit-image's sample data; the shipped model was not trained on it."""
 
 CREDIT = "Chelsea the cat, by Stéfan van der Walt, CC0, from scikit-image's sample data"
 
@@ -29,7 +32,7 @@ def write_example(folder: Path) -> tuple[Path, Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder '{folder}': {error.strerror}") from error
-    photo = Image.fromarray(data.chelsea())  # type: ignore[no-untyped-call]
+    photo = Image.fromarray(getattr(data, PHOTOGRAPH)())
     mask = Image.new("L", photo.size, 255)
     pen = ImageDraw.Draw(mask)
     pen.ellipse([25, 40, 95, 120], fill=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from mat_export.contract import UserError
 from mat_export.runners import Runner
-from mat_torch.data import CropOptions, DataError, TrainingSet, open_source, preload
+from mat_torch.data import (
+    CountingSampler,
+    CropOptions,
+    DataError,
+    TrainingSet,
+    loader,
+    open_source,
+    preload,
+)
 from mat_torch.evaluation import Evaluation, EvaluationError, Fill, evaluate
 from mat_torch.sampling import draw
 
@@ -28,6 +36,10 @@ class EvaluationSet:
         count: How many; None: one of each picture.
         masks: Kind of the masks, ``large`` or ``small`` (the published samplers).
         seed: What crops and masks are drawn from.
+        share: Side of a crop as a share of its picture's shorter side, uniform in this range.
+
+    Attributes:
+        photographs: Names of the pictures that crops are cut from.
 
     Raises:
         UserError: If there are no pictures or they cannot be read.
@@ -41,29 +53,55 @@ class EvaluationSet:
         *,
         masks: Literal["large", "small"] = "large",
         seed: int = 0,
+        share: tuple[float, float] = (0.5, 1.0),
     ) -> None:
-        crops = CropOptions(share=(0.5, 1.0), flip=False, masks=masks)
         try:
+            crops = CropOptions(share=share, flip=False, masks=masks)
             source = preload(open_source(path))
             self._items = TrainingSet(source, resolution, seed, crops)
         except DataError as error:
             raise UserError(str(error)) from error
+        self.photographs = source.names
         self._count = len(source) if count is None else count
         # Pictures and masks are asked for in step, so that each item is drawn once.
-        self._item = functools.lru_cache(maxsize=1)(self._drawn)
+        self._item: Callable[[int], dict[str, Any]] = functools.lru_cache(maxsize=1)(self._drawn)
+
+    def hold(self, workers: int = 0) -> None:
+        """Draw every crop now and keep it (256 KiB each at 256), for several methods to take.
+
+        Args:
+            workers: Processes that draw; 0: this one does.
+
+        Raises:
+            UserError: If the pictures cannot be read.
+        """
+        sampler = CountingSampler(0, 1, repeat=len(self))
+        try:
+            batches = loader(self._items, sampler, workers=workers, pin_memory=False)
+            held = [{name: batch[name][0] for name in ("image", "mask")} for batch in batches]
+        except DataError as error:
+            raise UserError(str(error)) from error
+        self._item = held.__getitem__
 
     def __len__(self) -> int:
         return self._count
 
-    def pictures(self) -> Iterator[NDArray[np.float32]]:
-        """Each [3, R, R] in [-1, 1]."""
-        for i in range(self._count):
-            yield np.asarray(self._item(i)["image"].numpy() / np.float32(127.5) - 1, np.float32)
+    def picture(self, i: int) -> NDArray[np.float32]:
+        """[3, R, R] in [-1, 1]."""
+        return np.asarray(self._item(i)["image"].numpy() / np.float32(127.5) - 1, np.float32)
 
-    def masks(self) -> Iterator[NDArray[np.float32]]:
-        """Each [1, R, R], 1 keep and 0 hole."""
-        for i in range(self._count):
-            yield self._item(i)["mask"].numpy().astype(np.float32)
+    def mask(self, i: int) -> NDArray[np.float32]:
+        """[1, R, R], 1 keep and 0 hole."""
+        keep: NDArray[np.float32] = self._item(i)["mask"].numpy().astype(np.float32)
+        return keep
+
+    def pictures(self, numbers: Iterable[int] | None = None) -> Iterator[NDArray[np.float32]]:
+        """These pictures one by one; None: all."""
+        return map(self.picture, range(len(self)) if numbers is None else numbers)
+
+    def masks(self, numbers: Iterable[int] | None = None) -> Iterator[NDArray[np.float32]]:
+        """Their masks likewise."""
+        return map(self.mask, range(len(self)) if numbers is None else numbers)
 
     def _drawn(self, i: int) -> dict[str, Any]:
         try:

@@ -32,7 +32,8 @@ def record_cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph: Any = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The loader's thread may pin memory meanwhile, which a capture in "global" mode forbids.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     replay: Callable[[], None] = graph.replay
     return replay

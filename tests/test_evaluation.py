@@ -25,6 +25,7 @@ from mat_torch.evaluation import (
     comparison_table,
     evaluate,
     generator_fill,
+    measure,
     opencv_fill,
 )
 from mat_torch.features import EfficientNetLite0Features, PooledFeatures
@@ -164,11 +165,22 @@ def test_every_answer_has_a_seed_of_its_own_that_others_do_not_change() -> None:
 
 
 def test_diversity_is_of_the_answers_to_one_picture() -> None:
-    assert run(grey, answers=3).overall.diversity == 0.0
-    found = run(noise, answers=3).overall.diversity
-    assert found is not None
-    assert found > 0.05
-    assert run(noise).overall.diversity is None
+    assert run(grey, answers=3).overall.feature_diversity == 0.0
+    found = run(noise, answers=3).overall
+    assert found.feature_diversity is not None
+    assert found.feature_diversity > 0.05
+    assert found.diversity is None  # the features have no maps
+    assert run(noise).overall.feature_diversity is None
+
+
+def test_parts_of_a_set_are_measured_as_the_whole_is() -> None:
+    whole = measure(noise, PICTURES, MASKS, COLOURS, seed=3, answers=2)
+    parts = [
+        measure(noise, PICTURES[a:b], MASKS[a:b], COLOURS, seed=3, answers=2, first=a, batch=2)
+        for a, b in ((0, 5), (5, 12))
+    ]
+    for name, rows in whole.items():
+        np.testing.assert_allclose(np.concatenate([p[name] for p in parts]), rows, rtol=1e-6)
 
 
 def test_pictures_fall_into_bins_by_their_hole() -> None:
@@ -263,6 +275,15 @@ def test_an_evaluation_is_plain_data() -> None:
     assert len(plain["bins"]) == 5
 
 
+@pytest.mark.parametrize("fill", [noise, knowing(PICTURES)], ids=["noise", "exact"])
+def test_plain_data_is_an_evaluation_again(fill: Any) -> None:
+    found = run(fill, answers=1)
+    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    for broken in ({}, {**found.to_dict(), "bins": [{"label": "all"}]}, {"surplus": 1}):
+        with pytest.raises(EvaluationError, match="no scores"):
+            Evaluation.from_dict(broken)
+
+
 def test_the_table_has_a_row_a_bin_and_names_its_distance() -> None:
     table = run(grey, name="grey").table()
     lines = [line for line in table.splitlines() if line.startswith("|")]
@@ -272,6 +293,7 @@ def test_the_table_has_a_row_a_bin_and_names_its_distance() -> None:
     assert "Fréchet distance, Colours" in lines[0]
     assert "FID" not in table
     assert "diversity" not in table  # nothing was measured
+    assert "perceptual |" not in table
     assert "∞" in run(knowing(PICTURES)).table()
 
 
@@ -395,12 +417,15 @@ def test_on_photographs_a_classical_method_beats_noise_by_every_measure() -> Non
     crops = [photo[:, y : y + 96, x : x + 96] for y in (0, 100, 200) for x in (0, 150, 300)]
     masks = [mask_of(0.3, 96, 96)] * len(crops)
     features = EfficientNetLite0Features.load()
-    telea = evaluate(opencv_fill(), crops, masks, features, name="telea")
-    chance = evaluate(noise, crops, masks, features, name="noise")
+    telea = evaluate(opencv_fill(), crops, masks, features, name="telea", answers=2)
+    chance = evaluate(noise, crops, masks, features, name="noise", answers=2)
     assert telea.perceptual == "EfficientNet-Lite0"
     a, b = telea.overall, chance.overall
     assert None not in (a.frechet, b.frechet, a.perceptual, b.perceptual)
     assert a.frechet < 0.8 * b.frechet  # type: ignore[operator]
     assert a.perceptual < 0.8 * b.perceptual  # type: ignore[operator]
+    assert a.perceptual > a.perceptual_whole  # type: ignore[operator]
+    assert a.diversity == 0.0  # one answer whatever the seed
+    assert b.diversity > 0.2  # type: ignore[operator]
     assert (a.psnr, a.ssim, -a.l1) > (b.psnr, b.ssim, -b.l1)
     assert a.psnr > b.psnr + 3.0

@@ -25,6 +25,7 @@ from mat_torch.features import (
     PerceptualLoss,
     VGG19Features,
     open_features,
+    pairwise_perceptual,
     perceptual_distance,
     read_weights,
 )
@@ -383,6 +384,39 @@ def test_the_distance_grows_with_the_damage_and_has_no_direction(
     assert torch.all(distances.diff() > 0.02)
     assert float(distances.max()) < 4.0
     torch.testing.assert_close(distances, back)
+
+
+def test_with_a_mask_the_distance_is_of_the_hole(lite0: EfficientNetLite0Features) -> None:
+    photo = cat()[..., :128, :128].repeat(2, 1, 1, 1)
+    other = photo.clone()
+    other[:, :, :64, :64] = photo.flip(2)[:, :, :64, :64]
+    mask = torch.ones(2, 1, 128, 128)
+    mask[0, :, :64, :64] = 0.0  # the hole is where they differ
+    mask[1, :, 64:, 64:] = 0.0  # and where they do not
+    with torch.no_grad():
+        everywhere = perceptual_distance(lite0, photo, other)
+        there, elsewhere = perceptual_distance(lite0, photo, other, mask)
+        alike = perceptual_distance(lite0, photo, other, torch.zeros_like(mask))
+    assert there > 2.0 * everywhere[0]
+    assert elsewhere < 0.5 * everywhere[1]
+    torch.testing.assert_close(alike, everywhere)
+
+
+def test_pairs_of_versions_are_each_compared(lite0: EfficientNetLite0Features) -> None:
+    versions = [cat()[..., :96, x : x + 96] for x in (0, 60, 120)]
+    mask = torch.ones(1, 1, 96, 96)
+    mask[..., 30:60, 30:60] = 0.0
+    with torch.no_grad():
+        found = pairwise_perceptual(lite0, versions, mask)
+        pairs = [
+            perceptual_distance(lite0, versions[i], versions[j], mask)
+            for i, j in ((0, 1), (0, 2), (1, 2))
+        ]
+    torch.testing.assert_close(found, torch.stack(pairs).mean(dim=0))
+    with pytest.raises(FeatureError, match="two pictures or more, got 1"):
+        pairwise_perceptual(lite0, versions[:1])
+    with pytest.raises(FeatureError, match="of one shape"):
+        pairwise_perceptual(lite0, [versions[0], versions[1][..., :64]])
 
 
 def test_a_loss_needs_layers_that_are_there(lite0: EfficientNetLite0Features) -> None:

@@ -1,0 +1,148 @@
+"""The model card says what was measured, and what was measured is of the model that ships."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mat_export.contract import UserError
+from mat_export.shipped import SHIPPED
+from mat_torch import load_checkpoint
+from mat_torch.photographs import PACKAGES
+from mat_torch.training_options import training_preset
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/model_card.py as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("model_card")
+
+
+def picture(file: str, **changes: Any) -> dict[str, Any]:
+    """An entry of photographs.json."""
+    entry = {"file": file, "package": "some-photos", "version": "1.0", "author": "A <a@b.c>"}
+    return {**entry, "licence": "CC0-1.0", "texture": False, **changes}
+
+
+PICTURES = [
+    picture("train/some-photos--hill.jpg"),
+    picture("train/some-photos--brick.jpg", texture=True, licence="GPL-2+", author="B_C"),
+    picture("heldout/some-photos--lake.jpg"),
+]
+
+RUN = {
+    "commands": ["mat-export train --data pictures -o run"],
+    "options": {**training_preset("small").to_dict(), "images": 1234},
+    "counters": {"images": 1234, "steps": 40, "skipped": 1, "skipped_in_row": 0},
+    "hours": 1.5,
+    "images_per_second": 250.0,
+    "waiting_share": 0.02,
+}
+
+
+# -- how sections are made ------------------------------------------------------------------------
+
+
+def test_sections_are_made_from_the_files_that_they_name(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "photographs.json").write_text(json.dumps(PICTURES))
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    page = (
+        "before\n<!-- data from photographs.json -->\nold\n<!-- end -->\nbetween\n"
+        "<!-- training from nowhere-yet -->\nNot trained yet.\n<!-- end -->\nafter\n"
+    )
+    once = script.rendered(page)
+    assert "old" not in once
+    assert "| some-photos | 1.0 | 1 | 1 | 1 | CC0-1.0, GPL-2+ |" in once
+    assert "Not trained yet." in once
+    full = script.rendered(once, {"training": "run.json"})
+    assert "1,234 images in 40 steps of 32, 1 of them skipped; 1.5 hours" in full
+    assert "mat-export train --data pictures -o run" in full
+    assert "| `learning_rate` | 0.002 | 0.001 |" in full
+    assert "`batch`" not in full  # as published
+    assert script.rendered(full) == full
+    assert script.sources(full) == {"data": "photographs.json", "training": "run.json"}
+    assert full.startswith("before\n")
+    assert full.endswith("after\n")
+
+
+def test_credits_name_every_picture_and_no_address(script: Any) -> None:
+    text = script.credits_(PICTURES)
+    assert "- **CC0-1.0** – A: hill, lake (held out)" in text
+    assert r"- **GPL-2+** – B\_C: brick" in text
+    assert "a@b.c" not in text
+
+
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        ("<!-- data from absent.json -->\n<!-- end -->", "'data' cannot be made from 'absent"),
+        ("<!-- weather from a.json -->\n<!-- end -->", "no section 'weather'"),
+        ("<!-- training from odd.json -->\n<!-- end -->", "'training' cannot be made from 'odd"),
+    ],
+)
+def test_what_cannot_be_made_is_said(
+    script: Any, tmp_path: Path, page: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "odd.json").write_text("[1]")
+    with pytest.raises(UserError, match=says):
+        script.rendered(page)
+
+
+# -- the card that ships --------------------------------------------------------------------------
+
+pages = pytest.mark.skipif(
+    not SHIPPED.is_file(), reason="the model is still in training: it has no card yet"
+)
+
+
+@pages
+@pytest.mark.parametrize("page", ["CARD", "CREDITS"])
+def test_pages_say_what_their_files_say(script: Any, page: str) -> None:
+    text = getattr(script, page).read_text(encoding="utf-8")
+    assert script.rendered(text) == text
+
+
+@pages
+def test_every_section_of_the_card_has_its_file(script: Any) -> None:
+    sources = script.sources(script.CARD.read_text(encoding="utf-8"))
+    assert sources.keys() == {"evaluation", "training", "data"}
+    for name, file in sources.items():
+        assert (script.ROOT / file).is_file(), name
+
+
+@pages
+def test_the_card_is_about_the_weights_that_ship_which_meet_their_bars(script: Any) -> None:
+    sources = script.sources(script.CARD.read_text(encoding="utf-8"))
+    report = json.loads((script.ROOT / sources["evaluation"]).read_text(encoding="utf-8"))
+    assert report["model"]["digest"] == load_checkpoint(SHIPPED).digest
+    assert [bar["what"] for bar in report["bars"] if not bar["passed"]] == []
+
+
+@pages
+@pytest.mark.parametrize("page", ["CARD", "CREDITS"])
+def test_what_a_page_links_to_is_there(script: Any, page: str) -> None:
+    path = getattr(script, page)
+    links = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+    missing = [x for x in links if "://" not in x and not (path.parent / x).exists()]
+    assert missing == []
+
+
+@pages
+def test_credits_are_of_the_pictures_that_are_gathered(script: Any) -> None:
+    sources = script.sources(script.CREDITS.read_text(encoding="utf-8"))
+    entries = json.loads((script.ROOT / sources["credits"]).read_text(encoding="utf-8"))
+    credited = {(e["package"], e["original"], e["file"].partition("/")[0]) for e in entries}
+    listed = {(p.name, p.path.format(name), side) for p in PACKAGES for name, side, _ in p.listed()}
+    assert credited == listed
