@@ -6,9 +6,11 @@ DEMO := demo
 
 .PHONY: demo test lint clean
 
+# Of kernel-lens only TensorRT's headers are wanted, hence nothing that it needs to run.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps kernel-lens==2.0.1
 	touch $@
 
 demo: $(VENV)/.installed
@@ -19,7 +21,6 @@ demo: $(VENV)/.installed
 	$(BIN)/mat-export inpaint $(DEMO)/photo.png $(DEMO)/mask.png -o $(DEMO)/filled \
 		--model $(DEMO)/mat-tiny-256.onnx --count 3 --sheet $(DEMO)/sheet.png
 	@echo
-	@echo "The weights are untrained for now, so the hole is filled with colour, not with cat."
 	@echo "  one look at everything:  $(DEMO)/sheet.png"
 	@echo "  filled pictures:         $(DEMO)/filled/"
 	@echo "  proof of parity:         $(DEMO)/parity/index.html"

@@ -18,6 +18,7 @@ import typer
 from mat_export.openers import register_opener
 
 if TYPE_CHECKING:
+    from engines.choice import Contest
     from engines.options import BuildOptions
     from mat_export.parity import ParityReport
     from mat_export.runners import Runner
@@ -32,9 +33,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # markup would swallow every "[default: …]"
 )
 
-DEFAULT_PRESET = "mat-tiny-256"
+DEFAULT_ONNX = Path("mat.onnx")
+"""What `onnx` writes and other commands take where no file is named."""
 
 
 class Size(str, Enum):
@@ -88,6 +91,15 @@ class Precision(str, Enum):
     tf32 = "tf32"
     fp16 = "fp16"
     bf16 = "bf16"
+    int8 = "int8"
+
+
+class Plugins(str, Enum):
+    """Whether an engine calls our plugin library."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
 
 
 class MaskKind(str, Enum):
@@ -107,7 +119,10 @@ class Hole(str, Enum):
 
 CheckpointOption = Annotated[
     Path | None,
-    typer.Option(help="The authors' pickle, a state dict (.pth, .pt) or safetensors."),
+    typer.Option(
+        help="The authors' pickle, a state dict (.pth, .pt) or safetensors. "
+        "[default: the shipped model]"
+    ),
 ]
 PresetOption = Annotated[
     str | None, typer.Option(help="A network by name, with --random-weights: mat-512, …")
@@ -123,7 +138,9 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figur
 @app.command()
 def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors to write.")],
-    checkpoint: Annotated[Path | None, typer.Argument(help="Any checkpoint we read.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Any checkpoint we read. [default: the shipped model]")
+    ] = None,
     preset: PresetOption = None,
     random_weights: RandomOption = None,
     key: KeyOption = "G_ema",
@@ -135,8 +152,6 @@ def convert(
     from mat_export.files import require_other, require_writable
     from mat_torch import CheckpointError, save_checkpoint
 
-    if checkpoint is None and random_weights is None:
-        raise UserError("give a checkpoint, or --preset with --random-weights SEED")
     require_other(output, checkpoint)
     require_writable(output)
     loaded = _weights(checkpoint, preset, random_weights, key)
@@ -149,9 +164,9 @@ def convert(
 
 @app.command()
 def onnx(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path(
-        "mat.onnx"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The file to write.")
+    ] = DEFAULT_ONNX,
     checkpoint: CheckpointOption = None,
     preset: PresetOption = None,
     random_weights: RandomOption = None,
@@ -172,6 +187,7 @@ def onnx(
     from mat_export.contract import GraphSpec
     from mat_export.files import require_other, require_writable
     from mat_export.manifest import manifest_path
+    from mat_export.shipped import PRESET
     from mat_torch.config import preset as preset_of
 
     def spec_of(config: GeneratorConfig) -> GraphSpec:
@@ -184,7 +200,7 @@ def onnx(
             coarse=coarse,
         )
 
-    spec_of(preset_of(preset or DEFAULT_PRESET))  # options that clash fail before the work
+    spec_of(preset_of(preset or PRESET))  # options that clash fail before the work
     require_other(output, checkpoint)
     require_writable(output)
     from mat_export.export import export_onnx
@@ -205,8 +221,77 @@ def onnx(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[
+        Path, typer.Argument(help="An FP32 file of 'mat-export onnx'.")
+    ] = DEFAULT_ONNX,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photographs. [default: three of ours]")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The quantized file to write.")
+    ] = Path("mat-int8.onnx"),
+    target_db: Annotated[
+        float, typer.Option(help="Mean PSNR in the hole against FP32 that the result must reach.")
+    ] = 35.0,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Replay the layers of this file, whatever they cost.")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Measurements to take or to write. [default: beside the output]"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples that ranges are counted on.")] = 16,
+    checks: Annotated[int, typer.Option(help="Other samples that the rest is measured on.")] = 6,
+    seed: Annotated[int, typer.Option(help="What all samples are drawn from.")] = 0,
+    filters: Annotated[
+        bool, typer.Option("--filters", help="Let resampling filters and skips be INT8 too.")
+    ] = False,
+    json_file: JsonOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Quantize an exported model to INT8: as many layers as the picture allows."""
+    import json
+
+    from calib.calibrate import COLUMNS, CalibrationOptions, recipe_path
+    from calib.calibrate import calibrate as run
+    from mat_export.console import note, show_table, tracker
+    from mat_export.files import atomic_write, require_other, require_writable
+
+    model = _exported(model)
+    if json_file is not None:
+        require_other(json_file, model, output, recipe, record)
+        require_writable(json_file)
+    options = CalibrationOptions(
+        images=images,
+        samples=samples,
+        checks=checks,
+        seed=seed,
+        target_db=target_db,
+        filters=filters,
+        threads=threads,
+    )
+    with tracker("calibrate") as progress:
+        done = run(
+            model, output, options, record=record, recipe=recipe, progress=progress, note=note
+        )
+    show_table("", COLUMNS, done.rows())
+    note(
+        f"wrote {output} and {recipe_path(output)}: {len(done.recipe.layers)} of "
+        f"{len(done.candidates.all)} layers in INT8, {100.0 * done.share:.0f} % of the "
+        f"convolutions' work; in the hole {done.quality.mean_db:.1f} dB against FP32, at worst "
+        f"{done.quality.worst_db:.1f} dB"
+    )
+    if json_file is not None:
+        atomic_write(json_file, json.dumps(done.to_dict(), indent=2) + "\n")
+    note(f"build it: mat-export trt {output} --int8")
+
+
+@app.command()
 def trt(
-    model: Annotated[Path, typer.Argument(help="An FP32 file of 'mat-export onnx'.")],
+    model: Annotated[
+        Path, typer.Argument(help="An FP32 file of 'mat-export onnx', or one of 'calibrate'.")
+    ] = DEFAULT_ONNX,
     output: Annotated[Path, typer.Option("-o", "--output", help="The engine to write.")] = Path(
         "mat.plan"
     ),
@@ -214,6 +299,9 @@ def trt(
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16, from TensorRT 10 on.")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Single precision throughout.")] = False,
     tf32: Annotated[bool, typer.Option("--tf32", help="FP32 on TF32 tensor cores.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="A file of 'mat-export calibrate', the rest in half.")
+    ] = False,
     backend: Annotated[
         BackendName, typer.Option(help="auto takes what this machine's GPU, or --target, supports.")
     ] = BackendName.auto,
@@ -257,6 +345,16 @@ def trt(
     timing_iterations: Annotated[
         int | None, typer.Option(metavar="N", help="Timings to average for each kernel.")
     ] = None,
+    plugins: Annotated[
+        Plugins,
+        typer.Option(help="auto builds with and without our kernels and keeps the faster engine."),
+    ] = Plugins.auto,
+    plugin_library: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The kernels. [default: cached, or built if nvcc is here]"
+        ),
+    ] = None,
     timing_cache: Annotated[
         Path | None, typer.Option(help="Kernel timings. [default: in the user's cache folder]")
     ] = None,
@@ -266,7 +364,7 @@ def trt(
     from engines.options import BuildOptions, parse_batch, parse_size
     from mat_export.contract import UserError
 
-    wanted = {"fp16": fp16, "bf16": bf16, "fp32": fp32, "tf32": tf32}
+    wanted = {"fp16": fp16, "bf16": bf16, "fp32": fp32, "tf32": tf32, "int8": int8}
     chosen = [name for name, given in wanted.items() if given] or ["fp16"]
     if len(chosen) > 1:
         raise UserError(f"give one precision, got --{' and --'.join(chosen)}")
@@ -283,8 +381,19 @@ def trt(
         refittable=refittable,
         tactic_sources=None if tactic_sources is None else tuple(tactic_sources.split(",")),
         timing_iterations=timing_iterations,
+        plugins=plugins.value,
     )
-    _build(model, output, Precision(chosen[0]), options, mask_states, timing_cache, force)
+    model = _exported(model)
+    _build(
+        model,
+        output,
+        Precision(chosen[0]),
+        options,
+        mask_states,
+        plugin_library,
+        timing_cache,
+        force,
+    )
 
 
 def _build(
@@ -293,39 +402,59 @@ def _build(
     precision: Precision,
     options: BuildOptions,
     mask_states: bool,
+    plugin_library: Path | None,
     timing_cache: Path | None,
     force: bool,
 ) -> None:
     """What `trt` does, its options read."""
     from engines.backend import open_backend
-    from engines.build import build_engine
+    from engines.choice import build_chosen, find_library
     from mat_export.console import note, tracker
-    from mat_export.engine_graph import prepare_engine_graph
+    from mat_export.engine_graph import calibration_of, prepare_model
     from mat_export.files import file_digest, require_other, require_writable
     from mat_export.manifest import manifest_path
+    from mat_export.parity import load_onnx
 
     require_other(output, model, manifest_path(model))
     require_other(manifest_path(output), model, manifest_path(model))
     require_writable(output)
     found = open_backend(options.backend, target=options.target)
-    note(f"preparing the graph for {found.label}: {precision.value}, opset {found.opset}")
-    graph = prepare_engine_graph(model, precision.value, opset=found.opset, mask_states=mask_states)
+    loaded = load_onnx(model)
+    with tracker("plugins") as progress:
+        library, why = find_library(
+            found, options, precision.value, plugin_library, progress=progress
+        )
     command = ["mat-export", "trt", str(model), f"--{precision.value}", "-o", str(output)]
     command += [part for part in options.to_arguments() if part != "--tf32"]
     command += ["--mask-states"] if mask_states else []
+    command += [] if plugin_library is None else ["--plugin-library", str(plugin_library)]
+
+    def prepare(plugins: bool) -> tuple[bytes, dict[str, Any]]:
+        graph = prepare_model(
+            loaded,
+            precision.value,
+            opset=found.opset,
+            mask_states=mask_states,
+            plugins=plugins,
+            label=f"'{model}'",
+        )
+        return graph.model.SerializeToString(), {
+            "checkpoint": graph.spec.checkpoint,
+            "onnx": {"path": str(model), "sha256": file_digest(model)},
+            "passes": graph.passes,
+            "calibration": calibration_of(loaded),
+            "command": command,
+        }
+
+    note(f"preparing the graph for {found.label}: {precision.value}, opset {found.opset}")
     with tracker("build") as progress:
-        report = build_engine(
-            graph.model.SerializeToString(),
+        report = build_chosen(
+            prepare,
             output,
             options,
-            sources={
-                "checkpoint": graph.spec.checkpoint,
-                "onnx": {"path": str(model), "sha256": file_digest(model)},
-                "passes": graph.passes,
-                "plugin": None,
-                "calibration": None,
-                "command": command,
-            },
+            library,
+            why,
+            _contest(model),
             progress=progress,
             note=note,
             force=force,
@@ -337,9 +466,29 @@ def _build(
         layers = f", {report.layers['layers']} layers" if report.layers else ""
         note(
             f"wrote {output} and {manifest_path(output)}: {report.backend}, {precision.value}"
-            f"{layers}, {report.bytes / 1e6:.1f} MB, {report.seconds:.1f} s"
+            f"{', with plugins' if report.plugins else ''}{layers}, {report.bytes / 1e6:.1f} MB, "
+            f"{report.seconds:.1f} s"
         )
     note(f"prove it: mat-export parity {output}")
+
+
+def _contest(model: Path) -> Contest:
+    """How `trt` compares an engine with plugins and one without."""
+    import importlib.util
+    import json
+
+    from engines.choice import Contest, Verdict
+    from mat_export.bench import example_inputs
+    from mat_export.quick_parity import check_quickly, in_words
+
+    def judge(plan: Path, batch: int, size: tuple[int, int], progress: Any) -> Verdict:
+        answers = plan.with_name("answers.npz")
+        report = check_quickly(plan, model, answers, batch=batch, size=size, progress=progress)
+        return Verdict(report.passed, in_words(report), json.loads(report.to_json()))
+
+    found = importlib.util.find_spec("onnxruntime")
+    problem = "" if found else "there is no onnxruntime, which their parity is checked against"
+    return Contest(judge, example_inputs, problem)
 
 
 @app.command()
@@ -370,9 +519,12 @@ def refit(
     opened = open_plan(plan)
     passes = opened.manifest["sources"].get("passes", {})
     opset, states = opened.backend.opset, "mask_states" in passes
+    plugins = "plugins" in passes
     precision = opened.spec.precision
     if checkpoint.suffix.lower() == ".onnx":
-        graph = prepare_engine_graph(checkpoint, precision, opset=opset, mask_states=states)
+        graph = prepare_engine_graph(
+            checkpoint, precision, opset=opset, mask_states=states, plugins=plugins
+        )
     else:
         weights = _weights(checkpoint, None, None, key)
         from mat_export.contract import require_exportable
@@ -389,7 +541,7 @@ def refit(
         )
         note("exporting the new weights")
         model, _ = build_model(weights, spec, progress=note)
-        graph = prepare_model(model, precision, opset=opset, mask_states=states)
+        graph = prepare_model(model, precision, opset=opset, mask_states=states, plugins=plugins)
     report = refit_plan(opened, graph.model, target)
     note(f"wrote {target}: {report.weights} weights swapped in {report.seconds:.1f} s")
     if prove and not _judge(target, checkpoint).passed:
@@ -398,7 +550,9 @@ def refit(
 
 @app.command()
 def debug(
-    model: Annotated[Path, typer.Argument(help="An FP32 file of 'mat-export onnx'.")],
+    model: Annotated[
+        Path, typer.Argument(help="An FP32 file of 'mat-export onnx'.")
+    ] = DEFAULT_ONNX,
     precision: Annotated[Precision, typer.Option(help="Of the run on trial.")] = Precision.fp16,
     backend: Annotated[TrialName, typer.Option(help="What runs it.")] = TrialName.onnxruntime,
     tolerance: Annotated[
@@ -410,11 +564,18 @@ def debug(
     """Name the first layer where a backend parts from FP32 on ONNX Runtime; exit 1 if one does."""
     from mat_export.bench import example_inputs
     from mat_export.console import note, show_table, tracker
+    from mat_export.contract import UserError
     from mat_export.debugging import HEADINGS, find_divergence, run_onnxruntime
     from mat_export.engine_graph import prepare_model
     from mat_export.files import atomic_write, require_other, require_writable
     from mat_export.parity import load_onnx
 
+    model = _exported(model)
+    if precision is Precision.int8:
+        raise UserError(
+            "debug holds a graph against its own FP32 form, and an INT8 file has none: "
+            "'mat-export calibrate' prints what each layer costs"
+        )
     if json_file is not None:
         require_other(json_file, model)
         require_writable(json_file)
@@ -459,7 +620,7 @@ def debug(
 def parity(
     candidate: Annotated[
         Path, typer.Argument(help="The model to judge: an engine, ONNX or a checkpoint.")
-    ],
+    ] = DEFAULT_ONNX,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -482,6 +643,7 @@ def parity(
     from mat_export.manifest import manifest_path
     from mat_export.report import write_report
 
+    candidate = _exported(candidate)
     if json_file is not None:
         require_other(json_file, candidate, reference, manifest_path(candidate))
         require_writable(json_file)
@@ -502,8 +664,11 @@ def parity(
 @app.command()
 def bench(
     models: Annotated[
-        list[Path], typer.Argument(help="Engines, ONNX files and checkpoints (PyTorch).")
-    ],
+        list[Path] | None,
+        typer.Argument(
+            help="Engines, ONNX files and checkpoints (PyTorch). [default: the shipped model]"
+        ),
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before them.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Images at once, where it is dynamic.")] = 1,
@@ -514,13 +679,15 @@ def bench(
     from mat_export.bench import bench as measure
     from mat_export.console import show_table, tracker
     from mat_export.files import atomic_write, require_other, require_writable
+    from mat_export.shipped import shipped_model
 
+    chosen = models or [shipped_model()]
     if json_file is not None:
-        require_other(json_file, *models)
+        require_other(json_file, *chosen)
         require_writable(json_file)
     with tracker("bench") as progress:
         result = measure(
-            models, runs=runs, warmup=warmup, batch=batch, threads=threads, progress=progress
+            chosen, runs=runs, warmup=warmup, batch=batch, threads=threads, progress=progress
         )
     first = result.models[0].p50
     show_table(
@@ -549,7 +716,7 @@ def inpaint(
     output: Annotated[Path, typer.Option("-o", "--output", help="File or folder to write.")],
     model: Annotated[
         Path | None,
-        typer.Option(help=f"Engine, ONNX or checkpoint. [default: {DEFAULT_PRESET}, untrained]"),
+        typer.Option(help="Engine, ONNX or checkpoint. [default: the shipped model]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Names the answer; 0 to 2**64 - 1.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Answers for each picture.")] = 1,
@@ -687,7 +854,9 @@ def evaluate_command(
     data: Annotated[Path, typer.Option(help="Pictures: a folder, a .tar, or a folder of them.")],
     models: Annotated[
         list[Path] | None,
-        typer.Option("--model", help="A model file, several times if you like. [default: ours]"),
+        typer.Option(
+            "--model", help="A model file, several times if you like. [default: the shipped one]"
+        ),
     ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="OpenCV's two classical methods too.")
@@ -717,6 +886,7 @@ def evaluate_command(
     from mat_export.contract import UserError
     from mat_export.evaluating import EvaluationSet, evaluate_all, runner_fill
     from mat_export.files import atomic_write, require_other, require_writable
+    from mat_export.shipped import PRESET
     from mat_torch.evaluation import EvaluationError, comparison_table, opencv_fill
 
     if masks is MaskKind.mixed:
@@ -727,7 +897,7 @@ def evaluate_command(
     with contextlib.ExitStack() as stack:
         chosen: list[Path | None] = [*models] if models else [None]
         runners = {
-            path.name if path else "default model": stack.enter_context(_runner(path, threads))
+            path.name if path else PRESET: stack.enter_context(_runner(path, threads))
             for path in chosen
         }
         sides = {runner.spec.config.resolution for runner in runners.values()}
@@ -772,14 +942,19 @@ def _share(text: str | None) -> tuple[float, float] | None:
 @app.command()
 def info(
     file: Annotated[
-        Path, typer.Argument(help="A checkpoint, ONNX model, engine, manifest or picture.")
-    ],
+        Path | None,
+        typer.Argument(
+            help="A checkpoint, ONNX model, engine, manifest or picture. "
+            "[default: the shipped model]"
+        ),
+    ] = None,
 ) -> None:
     """Say what a file is."""
     from mat_export.console import show_facts
     from mat_export.inspection import describe
+    from mat_export.shipped import shipped_model
 
-    show_facts(describe(file))
+    show_facts(describe(file or shipped_model()))
 
 
 @app.command()
@@ -796,16 +971,65 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+plugins_app = typer.Typer(help="The operators as plugins of TensorRT.", no_args_is_help=True)
+app.add_typer(plugins_app, name="plugins")
+
+
+@plugins_app.command("build")
+def plugins_build(
+    tensorrt_include: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="TensorRT's headers; looked for if left out."),
+    ] = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="sm_NN|all", help="A GPU to compile for, all if left out; repeatable."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The library to write.")] = Path(
+        "libmat_plugins.so"
+    ),
+) -> None:
+    """Compile the plugin library for TensorRT 8.6 or from 10 on, as its headers are."""
+    from engines.plugins.library import build_library, describe_library
+    from mat_export.console import note, show_facts, tracker
+    from mat_export.files import file_digest
+
+    wanted = None if arch is None or "all" in arch else arch
+    with tracker("plugins") as progress:
+        build_library(
+            output, tensorrt_include=tensorrt_include, architectures=wanted, progress=progress
+        )
+    made = describe_library(output)
+    show_facts(
+        {
+            "library": str(output),
+            "TensorRT": f"{made.tensorrt_major}, headers of {made.tensorrt}",
+            "plugins": f"IPlugin{made.interface}",
+            "GPUs": ", ".join(made.architectures),
+            "compiler": f"nvcc {made.compiler}",
+            "digest": file_digest(output),
+            "sources": made.sources,
+        }
+    )
+    note(
+        f"build an engine with it: mat-export trt MODEL.onnx --plugins on --plugin-library {output}"
+    )
+    note(f"or load it yourself: trtexec --dynamicPlugins={output.absolute()} …")
+
+
 # -- shared by commands -------------------------------------------------------------------------
 
 
 def _weights(
     checkpoint: Path | None, preset: str | None, random_weights: int | None, key: str
 ) -> Checkpoint:
-    """The weights that the options name; by default the untrained default preset."""
+    """The weights that the options name; by default those of the shipped model."""
     from mat_export.console import note
     from mat_export.contract import UserError
     from mat_export.runners import read_checkpoint
+    from mat_export.shipped import PRESET, shipped_model
     from mat_torch import preset as preset_of
     from mat_torch import random_checkpoint
 
@@ -816,22 +1040,34 @@ def _weights(
     if preset is not None and random_weights is None:
         preset_of(preset)  # an unknown name is the first thing to hear of
         raise UserError("a preset has no weights of its own: add --random-weights SEED")
-    config = preset_of(preset or DEFAULT_PRESET)
-    seed = random_weights or 0
-    note(f"weights of {config.name} are untrained (seed {seed}): pictures will be noise")
+    if random_weights is None:
+        return read_checkpoint(shipped_model())
+    config = preset_of(preset or PRESET)
+    note(f"weights of {config.name} are untrained (seed {random_weights}): pictures will be noise")
     try:
-        return random_checkpoint(config, seed)
+        return random_checkpoint(config, random_weights)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _runner(model: Path | None, threads: int | None) -> Runner:
-    """The runner of a model file; by default the untrained default preset in PyTorch."""
+    """The runner of a model file; by default the shipped model in PyTorch."""
     from mat_export.runners import TorchRunner, open_runner
 
     if model is not None:
         return open_runner(model, threads=threads)
     return TorchRunner(_weights(None, None, None, "G_ema"), threads=threads)
+
+
+def _exported(model: Path) -> Path:
+    """The model; where it is the default one and not there, a sentence says how to get it."""
+    from mat_export.contract import UserError
+
+    if model == DEFAULT_ONNX and not model.exists():
+        raise UserError(
+            f"there is no '{model}' here: write it with 'mat-export onnx', or name a model"
+        )
+    return model
 
 
 def _batch(text: str) -> int | None:

@@ -13,7 +13,8 @@ Times are of the device, by CUDA events around each call, inputs and outputs on 
 eager in FP32 (no TF32); the inference form in half precision, channels_last; and that form under
 ``torch.compile``, whose modes come from ``--modes``, its resampling filters said so that they fuse.
 ``--convolutions`` names who may offer convolutions to max-autotune: with Triton among them it takes
-many minutes. Errors against FP32 are reported beside.
+many minutes. ``--kernels`` leaves attention and mask propagation to our CUDA kernels. Errors
+against FP32 are reported beside.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import copy
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,11 @@ def summary(milliseconds: list[float]) -> dict[str, float]:
 # -- PyTorch ---------------------------------------------------------------------------------------
 
 
-def plain_operators() -> None:
+def plain_operators(keep: Collection[str] = ()) -> None:
     """Let torch.compile see into the custom operators: their plain functions in their places."""
     from mat_export import ops
 
-    for name in ops.__all__:
+    for name in set(ops.__all__) - set(keep):
         operator = getattr(ops, name)
         setattr(ops, name, operator._init_fn)
 
@@ -91,6 +92,14 @@ def bench_torch(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     torch._inductor.config.max_autotune_conv_backends = arguments.convolutions
+    keep: tuple[str, ...] = ()
+    if arguments.kernels:
+        from engines.plugins.torch_operators import use_kernels, warm_up
+
+        keep = ("masked_window_attention", "mask_propagation")
+        use_kernels()
+        if not warm_up():
+            raise SystemExit("--kernels: there are no kernels for this GPU, see the warning above")
     checkpoint = random_checkpoint(preset(arguments.model), 0)
     spec = GraphSpec(checkpoint.config, batch=arguments.batch)
     arrays = example_inputs(spec, arguments.batch)
@@ -113,12 +122,13 @@ def bench_torch(arguments: argparse.Namespace) -> dict[str, Any]:
         "batch": arguments.batch,
         "preset": arguments.model,
         "convolutions": arguments.convolutions,
+        "kernels": arguments.kernels,
         "ways": {},
     }
     with torch.inference_mode():
         reference = ways["eager FP32"]()
         half(*halves)
-        plain_operators()
+        plain_operators(keep)
         filters = shifted_sums(half)
         print(f"{filters} resampling filters as shifted sums", flush=True)
         for mode in arguments.modes.split(","):
@@ -171,9 +181,9 @@ def bench_torch(arguments: argparse.Namespace) -> dict[str, Any]:
 def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
     """The engine with and without CUDA graphs, and from NumPy to NumPy."""
     from engines import cuda
-    from engines.arrays import DeviceArray
     from engines.papers import open_plan
     from engines.runtime import Engine
+    from engines.timing import time_engines
     from mat_export.bench import example_inputs
 
     opened = open_plan(arguments.model)
@@ -195,26 +205,7 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
             feed = {name: np.ascontiguousarray(arrays[name]) for name in names}
             host = engine.run(feed)
             taken = (before - cuda.free_memory()) / 2**20
-            buffers: dict[str, DeviceArray] = {}
-            stream = cuda.Stream()
-            for name, array in {**feed, **host}.items():
-                memory = cuda.DeviceBuffer(array.nbytes)
-                buffers[name] = DeviceArray(
-                    memory.handle, array.shape, array.dtype, engine.device, owner=memory
-                )
-                cuda.copy_to_device(memory.handle, array.ctypes.data, array.nbytes, stream.handle)
-            stream.synchronize()
-            on_gpu = {name: buffers[name] for name in names}
-            outputs = {name: buffers[name] for name in host}
-            times = []
-            for i in range(WARMUP + arguments.runs):
-                begin, end = cuda.Event(timing=True), cuda.Event(timing=True)
-                begin.record(stream.handle)
-                engine.enqueue(on_gpu, outputs, stream=stream.handle)
-                end.record(stream.handle)
-                end.synchronize()
-                if i >= WARMUP:
-                    times.append(end.elapsed_ms(begin))
+            (times,) = time_engines([engine], feed, runs=arguments.runs, warmup=WARMUP)
             entry = summary(times)
             entry["gpu_mib"] = taken
             entry["captured"] = engine.graphs and engine.graphs_refused is None
@@ -285,6 +276,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--modes", default="reduce-overhead,max-autotune")
     parser.add_argument("--convolutions", default="ATEN", help="of max-autotune: ATEN,TRITON")
+    parser.add_argument("--kernels", action="store_true", help="attention by our CUDA kernels")
     parser.add_argument("--warm", action="store_true", help="compile, which fills torch's cache")
     parser.add_argument("--wait", type=Path)
     parser.add_argument("--profile", type=Path)

@@ -1,1 +1,1 @@
-"""TensorRT engines: build, manifest, runtime, plugins (to come)."""
+"""TensorRT engines: build, manifest, runtime, plugins."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engines.backend import Absent, Backend, find_backends, find_gpu
+from engines.backend import Absent, Backend, Gpu, find_backends, find_gpu
+from engines.plugins.library import cached_library
 from mat_export.contract import UserError
 
 __all__ = ["Row", "examine_engines"]
@@ -12,7 +13,7 @@ Row = tuple[str, bool | None, str]
 
 
 def examine_engines() -> list[Row]:
-    """The GPU that engines would run on, and every backend."""
+    """The GPU that engines would run on, every backend, and the plugin library for it."""
     rows: list[Row] = []
     gpu = None
     try:
@@ -33,7 +34,21 @@ def examine_engines() -> list[Row]:
         rows.append(
             (found.name, True if runs or found.builds_without_gpu else None, _words(found, runs))
         )
+        if gpu is not None and runs and found.has_plugin_layers:
+            rows.append(_plugin_library(found, gpu))
     return rows
+
+
+def _plugin_library(found: Backend, gpu: Gpu) -> Row:
+    """The library that engines of a backend would call here."""
+    name = f"plugin library for {found.name}"
+    try:
+        library = cached_library(found.major, gpu.capability)
+    except UserError as error:
+        return name, None, str(error)
+    if library is None:
+        return name, None, "not built yet: 'mat-export trt' does where nvcc, CMake and headers are"
+    return name, True, str(library)
 
 
 def _words(found: Backend, runs: bool) -> str:

@@ -46,6 +46,8 @@ class LayerSummary:
         reformats: Layers that only change how a tensor lies in memory, or its type.
         weight_bytes: Weights and biases that the layers list.
         tensor_bytes: What all layers together read and write of tensors of known shape and type.
+        convolution_flop: Operations of the convolutions, two a multiply-add, by the type of what
+            they read. Those inside a fused block are not told.
     """
 
     layers: int
@@ -55,6 +57,7 @@ class LayerSummary:
     reformats: int
     weight_bytes: int
     tensor_bytes: int
+    convolution_flop: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure by name, for JSON."""
@@ -84,6 +87,7 @@ def summarise(information: Mapping[str, Any]) -> LayerSummary:
             for layer in detailed
             for tensor in (*_tensors(layer, "Inputs"), *_tensors(layer, "Outputs"))
         ),
+        convolution_flop=_convolution_flop(detailed),
     )
 
 
@@ -125,10 +129,30 @@ def _precision(layer: Mapping[str, Any]) -> str:
     return _UNKNOWN
 
 
-def _tensor_bytes(tensor: Mapping[str, Any]) -> int:
+def _elements(tensor: Mapping[str, Any]) -> int:
+    """How many values a tensor has, 0 if that is not known."""
     sizes = tensor.get("Dimensions")
     known = isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes)
-    return prod(sizes) * _type_of(tensor)[1] if known and isinstance(sizes, list) else 0
+    return prod(sizes) if known and isinstance(sizes, list) else 0
+
+
+def _tensor_bytes(tensor: Mapping[str, Any]) -> int:
+    return _elements(tensor) * _type_of(tensor)[1]
+
+
+def _convolution_flop(layers: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Every weight is used once for each position of the output."""
+    total: Counter[str] = Counter()
+    for layer in layers:
+        inputs, outputs = _tensors(layer, "Inputs"), _tensors(layer, "Outputs")
+        weights, maps = layer.get("Weights"), layer.get("OutMaps")
+        if not inputs or not outputs or layer.get("ParameterType") != "Convolution":
+            continue
+        count = weights.get("Count") if isinstance(weights, Mapping) else None
+        if type(count) is int and type(maps) is int and maps > 0:
+            values = _elements(outputs[0])
+            total[_type_of(inputs[0])[0]] += 2 * count * values // maps
+    return dict(total.most_common())
 
 
 def _weight_bytes(layer: Mapping[str, Any]) -> int:

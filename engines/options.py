@@ -15,6 +15,7 @@ from mat_export.contract import UserError
 
 __all__ = [
     "BACKENDS",
+    "PLUGINS",
     "BatchRange",
     "BuildOptions",
     "Size",
@@ -28,6 +29,9 @@ __all__ = [
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
 """Backends by name, the preferred one first."""
+
+PLUGINS = ("auto", "on", "off")
+"""Whether an engine is to call our plugin library, the default first."""
 
 BatchRange = tuple[int, int, int]
 """Fewest images at once, the number to be fastest at, most images."""
@@ -67,6 +71,8 @@ class BuildOptions:
         refittable: The weights can be replaced in the built engine.
         tactic_sources: TensorRT's names of the tactic sources to use; None is its default.
         timing_iterations: Timings to average for each tactic; None is TensorRT's default.
+        plugins: One of PLUGINS: the graph calls the plugin library (``on``), holds the operators'
+            functions (``off``), or is whichever of the two is faster (``auto``, `engines.choice`).
 
     Raises:
         UserError: If a value is out of range, or two options exclude each other.
@@ -84,11 +90,14 @@ class BuildOptions:
     refittable: bool = False
     tactic_sources: tuple[str, ...] | None = None
     timing_iterations: int | None = None
+    plugins: str = "auto"
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):
             known = ", ".join(("auto", *BACKENDS))
             raise UserError(f"the backend is one of {known}, got {self.backend!r}")
+        if self.plugins not in PLUGINS:
+            raise UserError(f"plugins are {', '.join(PLUGINS)}, got {self.plugins!r}")
         for name in ("tf32", "version_compatible", "hardware_compatible", "refittable"):
             if type(getattr(self, name)) is not bool:
                 raise UserError(f"{name} is true or false, got {getattr(self, name)!r}")
@@ -165,6 +174,7 @@ class BuildOptions:
             "--workspace": self.workspace_mib,
             "--tactic-sources": ",".join(self.tactic_sources) if self.tactic_sources else None,
             "--timing-iterations": self.timing_iterations,
+            "--plugins": None if self.plugins == "auto" else self.plugins,
         }
         switches = {
             "--tf32": self.tf32,

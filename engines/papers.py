@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.backend import Backend, Gpu, find_gpu, open_backend
+from engines.backend import Backend, find_gpu, open_backend
+from engines.backend.gpu import AMPERE, capability_text
 from engines.options import BACKENDS, BuildOptions, capability_of
+from engines.plugins.library import check_library, describe_library
 from engines.profiles import Profiles
 from mat_export.contract import GraphSpec, UserError
 from mat_export.files import atomic_path, atomic_write, file_digest
@@ -27,7 +29,6 @@ from mat_export.manifest import manifest_path, package_version
 __all__ = [
     "FORMAT",
     "OpenedPlan",
-    "differences",
     "open_plan",
     "read_engine_manifest",
     "rebuild_command",
@@ -41,9 +42,6 @@ FORMAT = 1
 KIND = "engine"
 
 _PATH = str | os.PathLike[str]
-
-_AMPERE = (8, 0)
-"""The first GPUs that hardware-compatible engines run on."""
 
 _SUCCESSORS = {8: (8, 9, 10), 10: (10, 11)}
 """Major versions of TensorRT that run version-compatible engines of a major version; else its own
@@ -60,7 +58,7 @@ class OpenedPlan:
         spec: What the graph takes and gives.
         backend: The TensorRT that runs it.
         manifest: Everything that is known of it.
-        notes: What the user should know though it is no mistake.
+        notes: What the user should know though it is no mistake, each a few words.
     """
 
     path: Path
@@ -69,11 +67,6 @@ class OpenedPlan:
     backend: Backend
     manifest: dict[str, Any]
     notes: tuple[str, ...] = ()
-
-    @property
-    def profiles(self) -> Profiles:
-        """Smallest, best and largest shape of every dynamic input."""
-        return _profiles(self.manifest)
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -157,6 +150,8 @@ def open_plan(path: _PATH) -> OpenedPlan:
     notes = _check_gpu(path, backend, request, options, again)
     backend.allow_host_code = options.version_compatible
     if plugin is not None:
+        if options.hardware_compatible:  # the engine runs on more GPUs than its plugins may
+            check_library(describe_library(plugin), backend.major, find_gpu().capability)
         backend.load_plugins(plugin)
     spec = GraphSpec.from_json(json.dumps(manifest["graph"]))
     return OpenedPlan(path, plan, spec, backend, manifest, tuple(notes))
@@ -165,21 +160,6 @@ def open_plan(path: _PATH) -> OpenedPlan:
 def rebuild_command(manifest: Mapping[str, Any]) -> str:
     """The command line that builds an engine again."""
     return shlex.join(str(part) for part in manifest["command"])
-
-
-def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """Where two trees of JSON differ, one line each: ``options.level: 3, now 5``."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted({*old, *new}):
-            inner = f"{name}.{key}" if name else str(key)
-            yield from differences(old.get(key), new.get(key), inner)
-    elif old != new:
-        yield f"{name}: {_short(old)}, now {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -288,9 +268,14 @@ def _checked_plugin(path: Path, manifest: Mapping[str, Any], again: str) -> Path
         return None
     library = Path(plugin["path"])
     if not library.is_file():
-        raise UserError(f"'{path}' needs the plugin '{library}', which is not there; {again}")
+        raise UserError(
+            f"'{path}' needs the plugin library '{library}', which is not there: bring it, or "
+            f"{again}"
+        )
     if file_digest(library) != plugin["sha256"]:
-        raise UserError(f"'{path}' was built with another plugin than '{library}' is now; {again}")
+        raise UserError(
+            f"'{path}' was built with another plugin library than '{library}' is now; {again}"
+        )
     return library
 
 
@@ -320,14 +305,14 @@ def _check_gpu(
     gpu = find_gpu()
     if not backend.runs_on(gpu.capability):
         raise UserError(
-            f"{backend.label} does not run on {gpu.name} (compute capability {_text(gpu)}), so "
-            f"'{path}' cannot be used here"
+            f"{backend.label} does not run on {gpu.name} (compute capability "
+            f"{capability_text(gpu.capability)}), so '{path}' cannot be used here"
         )
     if options.hardware_compatible:
-        if gpu.capability < _AMPERE:
+        if gpu.capability < AMPERE:
             raise UserError(
                 f"'{path}' runs on Ampere and later GPUs (8.0), and {gpu.name} has compute "
-                f"capability {_text(gpu)}; {again}"
+                f"capability {capability_text(gpu.capability)}; {again}"
             )
         return []
     if options.target is None:
@@ -336,13 +321,9 @@ def _check_gpu(
         name, capability = options.target, capability_of(options.target)
     if capability != gpu.capability:
         raise UserError(
-            f"'{path}' was built for compute capability {capability[0]}.{capability[1]} ({name}), "
-            f"and {gpu.name} has {_text(gpu)}; {again}"
+            f"'{path}' was built for compute capability {capability_text(capability)} ({name}), "
+            f"and {gpu.name} has {capability_text(gpu.capability)}; {again}"
         )
     if options.target is None and name != gpu.name:
-        return [f"the engine was built on {name} and runs on {gpu.name}: it may be slower"]
+        return [f"built on {name} and perhaps slower here"]
     return []
-
-
-def _text(gpu: Gpu) -> str:
-    return f"{gpu.capability[0]}.{gpu.capability[1]}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from engines.options import BatchRange, BuildOptions, SizeRange, range_text
 from mat_export.contract import GraphSpec, UserError, axes_of_size
 
-__all__ = ["Profile", "Profiles", "Shape", "check_in_profiles", "profiles_of"]
+__all__ = ["Profile", "Profiles", "Shape", "profiles_of", "ranges_of"]
 
 Shape = tuple[int, ...]
 """Length of each axis."""
@@ -35,8 +35,7 @@ def profiles_of(spec: GraphSpec, options: BuildOptions) -> Profiles:
         UserError: If a range is asked of an axis that the graph fixes to something else, or the
             network takes no image of a size.
     """
-    batches = _batches(spec, options.batch)
-    sizes = _sizes(spec, options.size)
+    batches, sizes = ranges_of(spec, options)
     axes: list[dict[str, int]] = []
     for batch, (height, width) in zip(batches, sizes, strict=True):
         following = axes_of_size(spec.config, height, width)
@@ -56,22 +55,13 @@ def profiles_of(spec: GraphSpec, options: BuildOptions) -> Profiles:
     }
 
 
-def check_in_profiles(profiles: Mapping[str, Profile], shapes: Mapping[str, Shape]) -> None:
-    """Raise UserError for the first shape outside its input's profile, with what it may be."""
-    for name, (low, _, high) in profiles.items():
-        shape = tuple(shapes[name])
-        inside = len(shape) == len(low) and all(
-            a <= n <= b for a, n, b in zip(low, shape, high, strict=True)
-        )
-        if not inside:
-            raise UserError(
-                f"the engine takes '{name}' from {_text(low)} to {_text(high)}, got "
-                f"{_text(shape)}: build it again with a wider --batch or --size"
-            )
+def ranges_of(spec: GraphSpec, options: BuildOptions) -> tuple[BatchRange, SizeRange]:
+    """Images at once and their sizes: smallest, best and largest, equal where the graph fixes them.
 
-
-def _text(shape: Shape) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+    Raises:
+        UserError: If a range is asked of an axis that the graph fixes to something else.
+    """
+    return _batches(spec, options.batch), _sizes(spec, options.size)
 
 
 def _batches(spec: GraphSpec, wanted: BatchRange | None) -> BatchRange:

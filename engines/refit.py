@@ -74,6 +74,7 @@ def refit_plan(
         manifest.pop(name, None)
     manifest["graph"] = json.loads(spec.to_json())
     manifest["sources"] = {**manifest["sources"], "checkpoint": spec.checkpoint}
+    manifest["sources"].pop("plugin_choice", None)  # what it says of parity was of the old weights
     digest = hashlib.sha256(model.SerializeToString()).hexdigest()
     manifest["request"] = {**manifest["request"], "model": digest}
     manifest["key"] = f"refit of {opened.manifest['key']} with {digest}"

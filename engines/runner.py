@@ -28,7 +28,7 @@ class EngineRunner(Closing):
         graphs: Capture and replay CUDA graphs, see Engine.
 
     Attributes:
-        name: TensorRT's version and the GPU.
+        name: TensorRT's version and the GPU, and what is to be known of the engine on it.
         spec: What the engine takes and gives.
         engine: For what NumPy has no part in, such as ``engine.enqueue``.
 
@@ -52,7 +52,7 @@ class EngineRunner(Closing):
         try:
             self._check(path)
             device = cuda.device_info(self.engine.device)
-            self.name = f"{opened.backend.label}, {device.name}"
+            self.name = ", ".join((opened.backend.label, device.name, *opened.notes))
         except BaseException:
             self.engine.close()
             raise

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 from engines.build import build_engine
 from engines.options import BuildOptions
 from engines.papers import open_plan
+from engines.process import temporary_folder
 from engines.runtime import Engine
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ def run_tensorrt(
     Raises:
         UserError: If there is no TensorRT or GPU, or the engine cannot be built or run.
     """
-    with TemporaryDirectory(prefix="mat-export-") as folder:
-        plan = Path(folder) / "trial.plan"
+    with temporary_folder() as folder:
+        plan = folder / "trial.plan"
         options = BuildOptions(backend=backend, level=0, tf32=tf32, tactic_sources=tactic_sources)
         build_engine(model.SerializeToString(), plan, options)
         opened = open_plan(plan)

@@ -3,8 +3,9 @@
 Networks of that version are weakly typed: the parser reads types, but the builder chooses each
 layer's own unless it is told. So each layer gets the type that the file gives its outputs, and the
 flag OBEY_PRECISION_CONSTRAINTS makes that binding. Layers that the parser adds between (shuffles,
-broadcasts) take the type of what they read. From TensorRT 10 on networks are strongly typed and
-nothing of this is needed.
+broadcasts) take the type of what they read. Q/DQ layers and what reads a dequantized tensor stay
+free: a convolution that was told its type would not become INT8. From TensorRT 10 on networks are
+strongly typed and nothing of this is needed.
 """
 
 from __future__ import annotations
@@ -42,13 +43,22 @@ def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, i
     """
     types = tensor_types(model)
     wanted = {int(TensorProto.FLOAT16): module.float16, int(TensorProto.FLOAT): module.float32}
-    skipped = {module.LayerType.CONSTANT, module.LayerType.SHAPE, module.LayerType.CAST}
+    kinds = ("CONSTANT", "SHAPE", "CAST", "QUANTIZE", "DEQUANTIZE")
+    skipped = {getattr(module.LayerType, kind) for kind in kinds}
+    dequantized = {
+        name
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+        for name in node.output
+    }
     counts = dict.fromkeys(wanted, 0)
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type in skipped:
             continue
         first = layer.get_input(0) if layer.num_inputs else None
+        if first is not None and first.name in dequantized:
+            continue
         before = types.get(first.name) if first is not None else None
         outputs = [layer.get_output(j) for j in range(layer.num_outputs)]
         for output in outputs:

@@ -126,18 +126,27 @@ def machine() -> dict[str, Any]:
     }
 
 
-def example_inputs(spec: GraphSpec, batch: int) -> dict[str, Any]:
-    """A photograph with a large hole and randomness from seed 0, in the model's own types."""
+def example_inputs(
+    spec: GraphSpec, batch: int, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """A photograph with a large hole and randomness from seed 0, in the model's own types.
+
+    Args:
+        spec: What the model takes.
+        batch: Images at once, where it takes any number.
+        size: Height and width in pixels; by default the native size.
+    """
     from mat_export.pixels import to_unit
     from mat_export.suite import MASKS, PHOTOGRAPHS, photograph
     from mat_torch.sampling import draw
 
     n = spec.batch or batch
-    r = spec.config.resolution
-    image = np.repeat(photograph(PHOTOGRAPHS[0], r, r)[None], n, axis=0)
-    mask = np.repeat(MASKS["random-large"](r, r)[None], n, axis=0).astype(np.uint8) * np.uint8(255)
+    height, width = size or (spec.config.resolution,) * 2
+    image = np.repeat(photograph(PHOTOGRAPHS[0], height, width)[None], n, axis=0)
+    keep = np.repeat(MASKS["random-large"](height, width)[None], n, axis=0)
+    mask = keep.astype(np.uint8) * np.uint8(255)
     inputs: dict[str, Any] = dict(
-        draw(spec.config, list(range(n)), noise=spec.noise == "input"),
+        draw(spec.config, list(range(n)), height, width, noise=spec.noise == "input"),
         truncation=np.ones(1, np.float32),
     )
     inputs["image"], inputs["mask"] = (image, mask) if spec.io == "uint8" else to_unit(image, mask)

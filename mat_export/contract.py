@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "CALIBRATION_KEY",
     "METADATA_KEY",
     "OPERATOR_DOMAIN",
     "STATE_PREFIX",
@@ -34,6 +35,10 @@ __all__ = [
 
 METADATA_KEY = "mat.graph"
 """ONNX metadata property that holds a GraphSpec as JSON."""
+
+CALIBRATION_KEY = "mat.calibration"
+"""ONNX metadata property of an INT8 model: what it was calibrated on, and how well it does, as
+JSON."""
 
 OPERATOR_DOMAIN = "mat"
 """ONNX domain of the custom operators, which is also their plugin namespace."""

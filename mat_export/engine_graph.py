@@ -7,14 +7,17 @@ Every TensorRT gets the same graph.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
 from mat_export.contract import (
+    CALIBRATION_KEY,
     STATE_PREFIX,
     GraphSpec,
     UserError,
@@ -25,22 +28,22 @@ from mat_export.fusing import compute_biases
 from mat_export.inlining import inline_functions
 from mat_export.lowering import lower_opset
 from mat_export.parity import load_onnx
-from mat_export.precision import PRECISIONS, apply_precision
+from mat_export.plugin_masks import PLUGIN_OPERATORS, masks_as_integers
+from mat_export.precision import PRECISIONS, apply_precision, require_source
 from mat_export.resampling import resample_densely
 
 __all__ = [
     "ENGINE_PRECISIONS",
     "PLUGIN_OPERATORS",
     "EngineGraph",
+    "calibration_of",
     "prepare_engine_graph",
     "spec_of",
 ]
 
 ENGINE_PRECISIONS = ("fp32", "tf32", *PRECISIONS)
-"""What an engine may compute in; ``tf32`` is the FP32 graph on TF32 tensor cores."""
-
-PLUGIN_OPERATORS = frozenset(("MaskedWindowAttention", "WindowAttention", "MaskPropagation"))
-"""The operators that a plugin library has kernels for."""
+"""What an engine may compute in; ``tf32`` is the FP32 graph on TF32 tensor cores, ``int8`` a graph
+with Q/DQ nodes, the rest of it in FP16."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class EngineGraph:
     """A prepared graph.
 
     Attributes:
-        model: Standard operators alone, of the types the engine is to compute in.
+        model: Standard operators of the types the engine is to compute in, and calls of those that
+            are left to plugins.
         spec: What it takes and gives.
         passes: What was done, in words and numbers, for the manifest.
     """
@@ -73,6 +77,22 @@ def spec_of(model: onnx.ModelProto, label: str = "the model") -> GraphSpec:
     return spec
 
 
+def calibration_of(model: onnx.ModelProto) -> dict[str, Any] | None:
+    """How an INT8 model was calibrated and how well it does; None for another model.
+
+    Raises:
+        UserError: If what it says is unreadable.
+    """
+    for entry in model.metadata_props:
+        if entry.key == CALIBRATION_KEY:
+            try:
+                facts: dict[str, Any] = json.loads(entry.value)
+            except ValueError as error:
+                raise UserError(f"unreadable calibration ({error}): calibrate again") from error
+            return facts
+    return None
+
+
 def prepare_engine_graph(
     path: str | os.PathLike[str],
     precision: str,
@@ -84,15 +104,16 @@ def prepare_engine_graph(
     """Prepare an exported model for a TensorRT backend.
 
     Args:
-        path: A file of ``mat-export onnx``, in FP32.
+        path: A file of ``mat-export onnx``, in FP32; for ``int8`` one of ``mat-export calibrate``.
         precision: One of ENGINE_PRECISIONS.
         opset: The newest opset the backend parses.
         mask_states: Give the masks of stage one as outputs too, for a parity check.
         plugins: Leave PLUGIN_OPERATORS to a plugin library: the graph calls them, and nothing in
-            it says what they do.
+            it says what they do. Their masks are INT32.
 
     Raises:
-        UserError: If there is no such file, it is not ours, not in FP32, or cannot be lowered.
+        UserError: If there is no such file, it is not ours, not in the precision
+            that is needed, or cannot be lowered.
     """
     if precision not in ENGINE_PRECISIONS:
         raise UserError(f"precision is one of {', '.join(ENGINE_PRECISIONS)}, got '{precision}'")
@@ -117,8 +138,7 @@ def prepare_model(
 ) -> EngineGraph:
     """`prepare_engine_graph` of a loaded model."""
     spec = spec_of(model, label)
-    if spec.precision != "fp32":
-        raise UserError(f"{label} is in {spec.precision} already: start from the FP32 file")
+    require_source(spec, precision, label)
     lowered = model
     if next(o.version for o in model.opset_import if o.domain == "") > opset:
         lowered = onnx.ModelProto()
@@ -143,12 +163,16 @@ def prepare_model(
             "raised_floors": typed.floors,
         }
         dense = typed.model
+    if precision == "int8":
+        passes["quantized"] = sum(node.op_type == "QuantizeLinear" for node in dense.graph.node)
     if plugins:
         calls = Counter(node.op_type for node in dense.graph.node)
         passes["plugins"] = {name: calls[name] for name in sorted(PLUGIN_OPERATORS)}
         del dense.functions[:]
     if mask_states:
         passes["mask_states"] = _give_mask_states(dense, spec)
+    if plugins:  # behind the mask states, which are read beside the calls
+        passes["plugin_mask_casts"] = masks_as_integers(dense.graph)
     spec = spec.with_changes(precision=precision)
     spec.write_to(dense)
     passes["opset"] = next(o.version for o in dense.opset_import if o.domain == "")

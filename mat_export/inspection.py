@@ -126,9 +126,17 @@ def _describe_build(entries: dict[str, Any]) -> Facts:
         layers = entries["layers"]
         kinds = ", ".join(f"{name} ×{n}" for name, n in layers.get("by_precision", {}).items())
         facts["layers"] = f"{layers.get('layers')} ({kinds})"
+    facts["plugins"] = _describe_plugins(entries.get("sources") or {})
     parity = entries.get("parity")
     words = "not checked" if parity is None else "passed" if parity.get("passed") else "FAILED"
     return {**facts, "parity": words, "command": " ".join(map(str, entries.get("command", [])))}
+
+
+def _describe_plugins(sources: dict[str, Any]) -> str:
+    """The plugin library that an engine calls, and why it does or does not."""
+    library = (sources.get("plugin") or {}).get("path", "none")
+    why = (sources.get("plugin_choice") or {}).get("why")
+    return str(library) if not why else f"{library} ({why})"
 
 
 def _pictures() -> set[str]:

@@ -86,7 +86,7 @@ def _plain_pool(node: onnx.NodeProto, constants: _Constants) -> None:
 
 
 def _plain_cast(node: onnx.NodeProto, constants: _Constants) -> None:
-    """Cast and CastLike: ``saturate`` (8-bit floats only) came in opset 19."""
+    """Cast, CastLike and QuantizeLinear: ``saturate`` (8-bit floats only) came in opset 19."""
     _drop(node, "saturate", only=1)
 
 
@@ -117,10 +117,14 @@ _RULES: dict[tuple[str, int], _Rule] = {
     ("AveragePool", 19): _plain_pool,
     ("Cast", 19): _plain_cast,
     ("CastLike", 19): _plain_cast,
+    ("QuantizeLinear", 19): _plain_cast,
     ("Reshape", 19): _plain_reshape,
     **{
         (op, 19): _unchanged
-        for op in ("Shape", "Equal", "Identity", "Constant", "ConstantOfShape", "Size")
+        for op in (
+            *("Shape", "Equal", "Identity", "Constant", "ConstantOfShape", "Size"),
+            "DequantizeLinear",
+        )
     },
     **{(op, 20): _unchanged for op in ("ReduceMax", "ReduceMin", "ConstantOfShape")},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = [
+    "differences",
     "manifest_path",
     "package_version",
     "read_manifest",
@@ -89,3 +90,18 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             "one of them was replaced; export again or delete the manifest"
         )
     return entries
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """Where two trees of JSON differ, one line each: ``options.level: 3, now 5``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            inner = f"{name}.{key}" if name else str(key)
+            yield from differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield f"{name}: {_short(old)}, now {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

@@ -5,7 +5,8 @@ calls the functions they wrap.
 
 - `masked_window_attention` and `mask_propagation` are the two operators of the toolkit. Each has
   four forms: this PyTorch reference, an ONNX function of standard operators
-  (`mat_export.functions`), a CUDA kernel and a TensorRT plugin.
+  (`mat_export.functions`), a CUDA kernel and a TensorRT plugin. On a GPU the operators themselves
+  run the kernels once `engines.plugins.torch_operators.use_kernels` was called.
 - `query_key_value` and `fuse_mlp` are the two halves of a transformer block around the attention.
   They become ONNX functions too, so that a block is three nodes to the reader; no backend needs to
   know them. `style_scales` is the same for the styles of a stage.
@@ -16,6 +17,8 @@ clones, for what a small enough grid would make one.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,18 +55,29 @@ def masked_window_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, window: int, shift: int, heads: int
 ) -> Tensor:
-    return torch.empty_like(v)
+    return v.new_empty(v.shape)
+
+
+def _no_gradient(context: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "mat::masked_window_attention is for inference and has no gradient: train with "
+        "mat_torch.attention.masked_window_attention"
+    )
+
+
+masked_window_attention.register_autograd(_no_gradient)
 
 
 @torch.library.custom_op("mat::mask_propagation", mutates_args=())
 def mask_propagation(valid: Tensor, window: int, shift: int) -> Tensor:
     """Window-any of a bool map [B, 1, H, W]; see ``mat_torch.attention.mask_propagation``."""
-    return attention.mask_propagation(valid, window=window, shift=shift).clone()
+    propagated = attention.mask_propagation(valid, window=window, shift=shift)
+    return propagated.clone(memory_format=torch.contiguous_format)
 
 
 @mask_propagation.register_fake
 def _(valid: Tensor, window: int, shift: int) -> Tensor:
-    return torch.empty_like(valid)
+    return valid.new_empty(valid.shape)
 
 
 @torch.library.custom_op("mat::query_key_value", mutates_args=())

@@ -21,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from mat_export import shipped
 from mat_export.contract import STATE_PREFIX, GraphSpec, UserError, mask_state_names
 from mat_export.files import file_digest
 from mat_export.openers import opener_of
@@ -208,6 +209,7 @@ def check_parity(
     reference: Runner,
     *,
     suite: Sequence[Case] | None = None,
+    batch: int = 2,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
     keep_pictures: bool = False,
 ) -> ParityReport:
@@ -222,6 +224,7 @@ def check_parity(
         reference: What it is held against, in FP32 with float images.
         suite: The cases; by default the hard masks at the native size, and two of them at twice
             the width where the candidate takes it.
+        batch: Images at once, where both take any number.
         progress: Called with the next case's name, its number and how many there are.
         keep_pictures: Keep each case, its reference [3, H, W] and its candidate in the report.
 
@@ -235,7 +238,7 @@ def check_parity(
         )
     bar = bar_of(candidate.spec)
     chosen = list(suite) if suite is not None else _default_suite(candidate.spec)
-    batch = candidate.spec.batch or reference.spec.batch or 2
+    batch = candidate.spec.batch or reference.spec.batch or batch
     masks_due = isinstance(candidate, OrtRunner | TorchRunner)
     results, pictures, unchecked = [], {}, dict[str, None]()
     for i, case in enumerate(chosen):
@@ -508,7 +511,8 @@ def open_reference(
     Args:
         candidate: The candidate's specification.
         path: A checkpoint, ONNX file or recording; by default the weights that the candidate was
-            made of, drawn again if they were random, else looked for beside it.
+            made of, drawn again if they were random, else looked for by their file's name, beside
+            it and among what ships.
         near: The candidate's own path.
         record: An ``.npz`` to write the reference's answers to, when the runner is closed.
         threads: CPU threads.
@@ -556,6 +560,8 @@ def _find_reference(
             f"'{near}' is a checkpoint, which is no proof of itself: name what to hold it "
             "against with --reference"
         )
+    if not beside.is_file() and beside.name == shipped.SHIPPED.name:
+        beside = shipped.shipped_model()
     if not beside.is_file():
         raise UserError(
             f"the candidate was made of '{candidate.source}', which is not beside it: "

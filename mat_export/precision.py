@@ -20,10 +20,21 @@ from onnx import TensorProto, helper, numpy_helper
 from mat_export.contract import GraphSpec, UserError
 from mat_export.inlining import inline_functions, write_graph
 
-__all__ = ["ISLANDS", "PRECISIONS", "Island", "TypedModel", "apply_precision"]
+__all__ = [
+    "ISLANDS",
+    "PRECISIONS",
+    "Island",
+    "TypedModel",
+    "apply_precision",
+    "require_source",
+]
 
-PRECISIONS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-"""Half types by name."""
+PRECISIONS = {
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "int8": TensorProto.FLOAT16,
+}
+"""Half types by name; of an INT8 graph, that of what is not INT8."""
 
 _FLOATS = (TensorProto.FLOAT, *PRECISIONS.values())
 
@@ -74,9 +85,16 @@ _TRANSPARENT = frozenset(
     (
         *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape"),
         *("Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", "Where"),
+        *("QuantizeLinear", "DequantizeLinear"),
     )
 )
 """Operators that only move values: they take the type that comes in."""
+
+_QUANTIZING = frozenset(["QuantizeLinear", "DequantizeLinear"])
+"""Operators between a float type and INT8, in the float's type."""
+
+_HALF_SCALES = 19
+"""The first opset whose quantizing operators take half precision."""
 
 _TYPE_ONLY = frozenset(["Cast", "CastLike", "Shape"])
 """Operators whose float inputs may have any type and stay as they are."""
@@ -107,11 +125,11 @@ class TypedModel:
 def apply_precision(
     model: onnx.ModelProto, precision: str, *, keep: Collection[str] = frozenset()
 ) -> TypedModel:
-    """Type an FP32 graph.
+    """Type an FP32 graph, or what is FP32 in a quantized one.
 
     Args:
-        model: A file of ``mat-export onnx``, in FP32.
-        precision: ``fp16`` or ``bf16``.
+        model: A file of ``mat-export onnx``, in FP32; for ``int8`` one of ``mat-export calibrate``.
+        precision: ``fp16``, ``bf16``, or ``int8``: FP16 but for the quantized layers.
         keep: Functions whose calls stay, see ``inline_functions``.
 
     Raises:
@@ -122,13 +140,22 @@ def apply_precision(
     spec = GraphSpec.of_model(model)
     if spec is None:
         raise UserError("not a model of mat-export: export one with 'mat-export onnx'")
-    if spec.precision != "fp32":
-        raise UserError(f"the model is in {spec.precision} already: start from the FP32 file")
+    require_source(spec, precision, "the model")
     typed = inline_functions(model, keep=keep)
     if precision == "bf16":
         _raise_opset(typed)
     spec.with_changes(precision=precision).write_to(typed)
     return _Typing(typed, PRECISIONS[precision]).run()
+
+
+def require_source(spec: GraphSpec, precision: str, label: str) -> None:
+    """Raise UserError unless a file is what graphs of a precision are made of."""
+    if precision == "int8" and spec.precision == "fp32":
+        raise UserError(f"{label} is in fp32: quantize it first, with 'mat-export calibrate'")
+    if precision != "int8" and spec.precision == "int8":
+        raise UserError(f"{label} is in int8: build it with --int8, or start from the FP32 file")
+    if spec.precision not in ("fp32", "int8"):
+        raise UserError(f"{label} is in {spec.precision} already: start from the FP32 file")
 
 
 _BF16_OPSET = 22
@@ -164,6 +191,9 @@ class _Typing:
         self._cast: dict[tuple[str, int], str] = {}
         self._islands: Counter[str] = Counter()
         self._casts = self._halves = self._floors = 0
+        opset = next(o.version for o in model.opset_import if o.domain == "")
+        self._half_scales = opset >= _HALF_SCALES
+        self._dequantized: set[str] = set()  # in FP32
 
     def run(self) -> TypedModel:
         """Type every node, then write the graph anew."""
@@ -213,6 +243,12 @@ class _Typing:
         """The type a node computes in."""
         if node.op_type in _TYPE_ONLY | _COMPARISONS or not floats:
             return int(TensorProto.FLOAT)
+        if not self._half_scales:
+            if node.op_type in _QUANTIZING:
+                self._dequantized.update(node.output)
+                return int(TensorProto.FLOAT)
+            if node.op_type == "Conv" and node.input[0] in self._dequantized:
+                return int(TensorProto.FLOAT)  # nothing between DQ and what becomes INT8
         rule = next((island.name for island in ISLANDS if island.holds(node)), None)
         if rule is not None:
             self._islands[rule] += 1

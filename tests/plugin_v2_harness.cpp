@@ -1,17 +1,20 @@
 // Plays TensorRT's part for the plugins of 8.6: finds a creator, makes a plugin of a node's
 // attributes, asks for formats and shapes, runs it, clones it, serializes it and reads it back.
-// Compiled together with the plugins and the kernels on the CPU (`cuda_on_cpu`).
-#include <NvInferRuntime.h>
-
+// Compiled together with the plugins and the kernels: on the CPU (`cuda_on_cpu`), or by nvcc with
+// MAT_ON_GPU.
 #include <cstring>
-#include <string>
-#include <vector>
+
+#include "plugin_harness.h"
 
 using namespace nvinfer1;
 
 extern "C" IPluginCreator* const* getPluginCreators(int32_t& count);
+extern "C" void setLoggerFinder(ILoggerFinder* finder);
 
 namespace {
+
+Listener listener;
+const bool listening = (setLoggerFinder(&listener), true);
 
 IPluginCreator* creator_of(char const* name) {
     int32_t count = 0;
@@ -23,13 +26,8 @@ IPluginCreator* creator_of(char const* name) {
 }
 
 IPluginV2DynamicExt* made(IPluginCreator* creator, int32_t window, int32_t shift, int32_t heads) {
-    const int32_t side = 64;  // of the grid: in a node, and none of the plugin's business
-    std::vector<PluginField> fields = {{"window", &window, PluginFieldType::kINT32, 1},
-                                       {"height", &side, PluginFieldType::kINT32, 1},
-                                       {"shift", &shift, PluginFieldType::kINT32, 1}};
-    if (heads) fields.emplace_back("heads", &heads, PluginFieldType::kINT32, 1);
-    PluginFieldCollection given{static_cast<int32_t>(fields.size()), fields.data()};
-    return static_cast<IPluginV2DynamicExt*>(creator->createPlugin("node", &given));
+    const Fields fields(window, shift, heads);
+    return static_cast<IPluginV2DynamicExt*>(creator->createPlugin("node", fields.get()));
 }
 
 }  // namespace
@@ -43,15 +41,10 @@ extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t hea
     IPluginV2DynamicExt* first = made(creator, window, shift, heads);
     if (first == nullptr) return -2;
 
-    std::vector<PluginTensorDesc> tensors(inputs + 1);
-    std::vector<DynamicPluginTensorDesc> ranges(inputs + 1);
-    for (int32_t i = 0; i <= inputs; ++i) {
-        const int32_t like = i < inputs ? i : 0;
-        tensors[i].dims.nbDims = 4;
-        for (int32_t j = 0; j < 4; ++j) tensors[i].dims.d[j] = shapes[4 * like + j];
-        tensors[i].type = static_cast<DataType>(types[like]);
-        tensors[i].format = TensorFormat::kLINEAR;
-        ranges[i] = {tensors[i], tensors[i].dims, tensors[i].dims};
+    std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types);
+    std::vector<DynamicPluginTensorDesc> ranges;
+    for (PluginTensorDesc const& tensor : tensors) {
+        ranges.push_back({tensor, tensor.dims, tensor.dims});
     }
     for (int32_t i = 0; i <= inputs; ++i) {
         if (!first->supportsFormatCombination(i, tensors.data(), inputs, 1)) return -3;
@@ -73,8 +66,8 @@ extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t hea
     std::vector<char> held(first->getSerializationSize());
     first->serialize(held.data());
     if (creator->deserializePlugin("node", held.data(), held.size() - 1) != nullptr) return -8;
-    auto* read =
-        static_cast<IPluginV2DynamicExt*>(creator->deserializePlugin("node", held.data(), held.size()));
+    auto* read = static_cast<IPluginV2DynamicExt*>(
+        creator->deserializePlugin("node", held.data(), held.size()));
     first->destroy();
     if (read == nullptr || std::strcmp(read->getPluginType(), name) != 0) return -9;
     read->setPluginNamespace("mat");
@@ -82,9 +75,9 @@ extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t hea
     read->destroy();
     if (std::strcmp(clone->getPluginNamespace(), "mat") != 0) return -10;
     if (clone->getNbOutputs() != 1 || clone->initialize() != 0) return -11;
-    void* outputs[] = {out};
-    const int32_t status =
-        clone->enqueue(tensors.data(), &tensors[inputs], in, outputs, nullptr, nullptr);
+    const int status = run(tensors, in, out, [&](auto from, auto to, cudaStream_t stream) {
+        return clone->enqueue(tensors.data(), &tensors[inputs], from, to, nullptr, stream);
+    });
     clone->terminate();
     clone->destroy();
     return status;
@@ -92,5 +85,11 @@ extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t hea
 
 // Whether a node with these attributes is refused.
 extern "C" int refused(char const* name, int32_t window, int32_t shift, int32_t heads) {
-    return made(creator_of(name), window, shift, heads) == nullptr;
+    IPluginV2DynamicExt* plugin = made(creator_of(name), window, shift, heads);
+    if (plugin == nullptr) return 1;
+    plugin->destroy();
+    return 0;
 }
+
+// What the logger heard last.
+extern "C" char const* last_line() { return listener.last.c_str(); }

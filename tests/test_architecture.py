@@ -114,6 +114,7 @@ def bare(code: str, folder: Path | None = None) -> subprocess.CompletedProcess[s
 
 
 NEEDS_TORCH = {
+    "engines.plugins.torch_operators",
     "mat_torch.ablations",
     "mat_torch.attention",
     "mat_torch.checkpoint",
@@ -126,6 +127,7 @@ NEEDS_TORCH = {
     "mat_torch.pickle_reader",
     "mat_torch.training",
     "mat_torch.training_draws",
+    "mat_torch.training_graphs",
     "mat_torch.training_log",
     "mat_torch.training_state",
     "mat_torch.training_step",
@@ -159,12 +161,12 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
 
 
 COMMANDS = (
-    *("convert", "onnx", "trt", "refit", "parity", "debug"),
-    *("bench", "inpaint", "train", "evaluate", "info", "doctor"),
+    *("convert", "onnx", "calibrate", "trt", "refit", "parity", "debug"),
+    *("bench", "inpaint", "train", "evaluate", "info", "doctor", "plugins"),
 )
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "plugins build"])
 def test_help_runs_with_the_base_dependencies_alone(command: str) -> None:
     arguments = ["mat-export", *command.split(), "--help"]
     done = bare(f"import cli\nsys.argv = {arguments!r}\ncli.main()")

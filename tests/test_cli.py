@@ -77,7 +77,7 @@ def test_onnx_lists_its_rewrites_and_writes_file_and_manifest(run: Run, tmp_path
 def test_onnx_takes_every_option_together(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "all.onnx"
     options = ["--batch", 2, "--size", "dynamic", "--noise", "input", "--io", "uint8", "--coarse"]
-    code, _, error = run("onnx", "-o", out, *options, "--opset", 17)
+    code, _, error = run("onnx", "--random-weights", 0, "-o", out, *options, "--opset", 17)
     assert code == 0, error
     code, shown, _ = run("info", out)
     assert code == 0
@@ -163,16 +163,6 @@ def test_a_folder_goes_on_after_a_bad_picture_and_says_so(
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png"]
 
 
-def test_inpaint_without_a_model_takes_the_default_and_says_it_is_untrained(
-    run: Run, picture: tuple[Path, Path], tmp_path: Path
-) -> None:
-    image, mask = picture
-    code, _, error = run("inpaint", image, mask, "-o", tmp_path / "filled.png")
-    assert code == 0, error
-    assert "untrained" in error
-    assert (tmp_path / "filled.png").is_file()
-
-
 def test_bench_shows_a_table_and_writes_figures(run: Run, tiny_onnx: Path, tmp_path: Path) -> None:
     figures = tmp_path / "bench.json"
     code, out, error = run("bench", tiny_onnx, "--runs", 2, "--warmup", 0, "--json", figures)
@@ -225,7 +215,9 @@ BAD = {
     "info on garbage": (["info", "garbage.pkl"], "garbage.pkl"),
     "info on nothing": (["info", "absent"], "absent"),
     "bench on nothing": (["bench", "absent.onnx"], "absent.onnx"),
-    "convert nothing": (["convert", "-o", "x.safetensors"], "--random-weights"),
+    "parity before an export": (["parity"], "write it with 'mat-export onnx'"),
+    "engine before an export": (["trt"], "write it with 'mat-export onnx'"),
+    "debug before an export": (["debug"], "write it with 'mat-export onnx'"),
     "convert to nowhere": (
         ["convert", "--random-weights", "0", "-o", "nowhere/x.safetensors"],
         "nowhere",
@@ -254,6 +246,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "word"), BAD.values(), ids=BAD)
+@pytest.mark.usefixtures("stand_in")
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     arguments: list[str], word: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

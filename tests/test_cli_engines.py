@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -11,13 +13,17 @@ from typing import Any
 import onnx
 import pytest
 from test_cli import Run, one_sentence, run
+from test_engine_build import Install, gpu, install
 from test_engine_refit import opened
 
 from engines.papers import OpenedPlan
+from engines.plugins.library import LibraryDescription
+from mat_export.contract import UserError
 from mat_export.engine_graph import spec_of
+from mat_export.parity import BARS, CaseResult, ParityReport, RegionError
 from mat_torch import Checkpoint, random_checkpoint, save_checkpoint
 
-__all__ = ["opened", "run"]  # the fixtures
+__all__ = ["gpu", "install", "opened", "run"]  # the fixtures
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +56,8 @@ def test_trt_writes_an_engine_with_its_papers(run: Run, tiny_onnx: Path, plan: P
     assert manifest["parity"] is None
     code, out, error = run("info", plan)
     assert code == 0, error
-    for word in ("engine", "tensorrt-rtx", "sm_89", "fp16", "mat-tiny-256", "not checked"):
+    words = ("engine", "tensorrt-rtx", "sm_89", "fp16", "mat-tiny-256", "not checked")
+    for word in (*words, "no plugin layers"):
         assert word in out
 
 
@@ -77,6 +84,149 @@ def test_trt_builds_every_precision(
     assert manifest["request"]["options"]["tf32"] is (options[0] == "--tf32")
     assert ("mask_states" in manifest["sources"]["passes"]) is ("--mask-states" in options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mat.plan", "mat.plan.json"]
+
+
+# -- plugins --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plugin_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, install: Install, gpu: dict[str, Any]
+) -> Path:
+    """A machine with a GPU, TensorRT 10.13.3 and a library that fits; engines cannot run on it."""
+    install("10.13.3")
+    library = tmp_path / "libmat_plugins.so"
+    library.write_bytes(b"code")
+    fitting = LibraryDescription("V3", "10.13.3", 10, ("sm_86",), "13.0.88", "digest of sources")
+    monkeypatch.setattr("engines.choice.describe_library", lambda path: fitting)
+    monkeypatch.setattr("engines.choice.Engine", lambda backend, plan: contextlib.nullcontext())
+    monkeypatch.setattr("engines.choice.time_engines", lambda engines, inputs: [[7.0], [5.0]])
+
+    def check_quickly(plan: Path, model: Path, *_: Any, **asked: Any) -> ParityReport:
+        assert (asked["batch"], asked["size"]) == (1, (256, 256))
+        error = RegionError(9, 1e-3, 0.1, 52.7)
+        case = CaseResult("one-window", error, error, True, True, 0, (), ())
+        return ParityReport(plan.name, model.name, "fp16", BARS["fp16"], (case,))
+
+    monkeypatch.setattr("mat_export.quick_parity.check_quickly", check_quickly)
+    return library
+
+
+def test_trt_keeps_the_faster_engine_and_builds_it_once(
+    run: Run, tiny_onnx: Path, tmp_path: Path, plugin_machine: Path
+) -> None:
+    out = tmp_path / "mat.plan"
+    code, _, error = run("trt", tiny_onnx, "--plugin-library", plugin_machine, "-o", out)
+    assert code == 0, error
+    assert "building twice" in error
+    assert "kept the engine with plugins: 5.00 ms against 7.00 ms" in error
+    assert "fp16, with plugins" in error
+    manifest = json.loads(Path(f"{out}.json").read_text())
+    sources = manifest["sources"]
+    assert sources["plugin"]["path"] == str(plugin_machine)
+    assert sources["passes"]["plugins"]["MaskedWindowAttention"] > 0
+    for name, plan, time in (("with_plugins", "with.plan", 5.0), ("without_plugins", "", 7.0)):
+        figures = sources["plugin_choice"][name]
+        assert figures["milliseconds"] == time
+        assert figures["parity"]["passed"]
+        assert plan in figures["parity"]["candidate"]
+    assert manifest["command"][-2:] == ["--plugin-library", str(plugin_machine)]
+    code, _, error = run(*manifest["command"][1:])
+    assert code == 0, error
+    assert "nothing to do" in error
+    assert "building twice" not in error
+    code, facts, _ = run("info", out)
+    assert code == 0
+    assert "5.00 ms against 7.00 ms" in facts
+    plugin_machine.unlink()
+    code, _, error = run("bench", out)
+    one_sentence(code, error)
+    assert "bring it, or build it again: mat-export trt" in error
+
+
+def test_trt_with_plugins_on_builds_the_graph_that_calls_them(
+    run: Run, tiny_onnx: Path, tmp_path: Path, plugin_machine: Path
+) -> None:
+    out = tmp_path / "mat.plan"
+    arguments = ["trt", tiny_onnx, "--plugin-library", plugin_machine, "-o", out]
+    code, _, error = run(*arguments, "--plugins", "on")
+    assert code == 0, error
+    assert "building twice" not in error
+    manifest = json.loads(Path(f"{out}.json").read_text())
+    assert "--plugins" in manifest["command"]
+    assert manifest["sources"]["passes"]["plugins"]["MaskedWindowAttention"] > 0
+    code, _, error = run(*arguments, "--plugins", "off")
+    one_sentence(code, error)
+    assert "leave out one of the two" in error
+
+
+def test_trt_without_a_library_says_why(
+    run: Run, tiny_onnx: Path, tmp_path: Path, plugin_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any, **__: Any) -> Path:
+        raise UserError("CUDA's compiler nvcc is not on the PATH")
+
+    monkeypatch.setattr("engines.choice.library_for", none)
+    out = tmp_path / "mat.plan"
+    code, _, error = run("trt", tiny_onnx, "-o", out)
+    assert code == 0, error
+    assert "building without plugins: CUDA's compiler nvcc is not on the PATH" in error
+    manifest = json.loads(Path(f"{out}.json").read_text())
+    assert manifest["sources"]["plugin"] is None
+    assert "plugins" not in manifest["sources"]["passes"]
+    code, facts, _ = run("info", out)
+    assert code == 0
+    assert "none (CUDA's compiler nvcc is not on the PATH)" in facts
+    code, _, error = run("trt", tiny_onnx, "-o", out, "--plugins", "on")
+    one_sentence(code, error)
+    assert "cannot call plugins: CUDA's compiler" in error
+
+
+def test_trt_takes_no_plugins_on_trust(
+    run: Run, tiny_onnx: Path, tmp_path: Path, plugin_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "onnxruntime" else find(name)
+    )
+    out = tmp_path / "mat.plan"
+    code, _, error = run("trt", tiny_onnx, "--plugin-library", plugin_machine, "-o", out)
+    assert code == 0, error
+    assert "building without plugins: there is no onnxruntime" in error
+
+
+def test_refit_keeps_the_calls_of_an_engine_with_plugins(
+    run: Run, opened: OpenedPlan, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(f"{opened.path}.json")
+    manifest = json.loads(own.read_text())
+    manifest["sources"]["passes"] = {"plugins": {"MaskedWindowAttention": 11}}
+    own.write_text(json.dumps(manifest))
+    given: list[onnx.ModelProto] = []
+
+    def refit_plan(plan: OpenedPlan, model: onnx.ModelProto, output: Path) -> SimpleNamespace:
+        given.append(model)
+        return SimpleNamespace(weights=7, seconds=1.0)
+
+    monkeypatch.setattr("engines.refit.refit_plan", refit_plan)
+    code, _, error = run("refit", opened.path, "--checkpoint", tiny_onnx, "--no-parity")
+    assert code == 0, error
+    (model,) = given
+    assert any(node.op_type == "MaskedWindowAttention" for node in model.graph.node)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_doctor_tells_of_the_plugin_library(
+    run: Run, plugin_machine: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    cached = plugin_machine if there else None
+    monkeypatch.setattr("engines.checks.cached_library", lambda major, capability: cached)
+    _, out, _ = run("doctor")
+    (row,) = (line for line in out.splitlines() if "plugin library for tensorrt" in line)
+    assert ("works" if there else "absent") in row
+
+
+# -- refit, debug and the rest --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["checkpoint", "ONNX"])
@@ -162,6 +312,18 @@ BAD = {
     "level": (["trt", "m.onnx", "--level", "9"], "0 to 5"),
     "no folder": (["trt", "m.onnx", "--target", "sm_89", "-o", "nowhere/x.plan"], "nowhere"),
     "over the model": (["trt", "m.onnx", "--target", "sm_89", "-o", "m.onnx"], "is an input"),
+    "plugins where there are none": (
+        ["trt", "m.onnx", "--target", "sm_89", "--plugins", "on"],
+        "no plugin layers",
+    ),
+    "a plugin library where there are none": (
+        ["trt", "m.onnx", "--target", "sm_89", "--plugin-library", "garbage.npz"],
+        "no plugin layers",
+    ),
+    "a plugin library and no plugins": (
+        ["trt", "m.onnx", "--target", "sm_89", "--plugins", "off", "--plugin-library", "m.so"],
+        "leave out one",
+    ),
     "batch of a fixed graph": (
         ["trt", "m.onnx", "--target", "sm_89", "--batch", "1:2:4"],
         "--batch dynamic",

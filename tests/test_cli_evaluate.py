@@ -85,6 +85,7 @@ def test_a_fixed_batch_is_filled_up(tiny_onnx: Path) -> None:
         (["--json", "absent/figures.json"], "absent"),
     ],
 )
+@pytest.mark.usefixtures("stand_in")
 def test_bad_input_is_a_sentence(photographs: Path, arguments: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         evaluate("--data", photographs, *arguments)

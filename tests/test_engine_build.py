@@ -105,9 +105,9 @@ def with_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 @pytest.mark.parametrize(
     ("version", "opset", "precisions"),
     [
-        ("8.6.0", 17, {"fp32", "tf32", "fp16"}),
-        ("10.13.3.9", 22, {"fp32", "tf32", "fp16", "bf16"}),
-        ("11.0.0", 22, {"fp32", "tf32", "fp16", "bf16"}),
+        ("8.6.0", 17, {"fp32", "tf32", "fp16", "int8"}),
+        ("10.13.3.9", 22, {"fp32", "tf32", "fp16", "bf16", "int8"}),
+        ("11.0.0", 22, {"fp32", "tf32", "fp16", "bf16", "int8"}),
     ],
 )
 def test_a_backend_says_what_it_parses(
@@ -286,11 +286,13 @@ def test_rtx_builds_for_the_gpu_or_for_all() -> None:
 # -- how each generation is told -------------------------------------------------------------------
 
 
-def configured(backend: Backend, options: BuildOptions | None = None, **hooks: Any) -> Any:
+def configured(
+    backend: Backend, options: BuildOptions | None = None, precision: str = "fp16", **hooks: Any
+) -> Any:
     """What the fake built: its configuration."""
     profiles = {"x": ((1, 4), (2, 4), (8, 4))}
     plan = backend.build(
-        model_of(replace(TINY, precision="fp16")),
+        model_of(replace(TINY, precision=precision)),
         options or BuildOptions(),
         profiles,
         BuildHooks(**hooks),
@@ -314,6 +316,9 @@ def test_8_6_is_made_to_obey_the_types(install: Install, monkeypatch: pytest.Mon
     assert built["flags"] == ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
     assert built["network"] == 1
     assert built["verbosity"] == "DETAILED"
+    built = configured(backend, precision="int8")
+    assert built["constrained"]
+    assert sorted(built["flags"]) == ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]
     built = json.loads(backend.build(model_of(), BuildOptions(), {}, BuildHooks()))
     assert not built["constrained"]
     assert built["flags"] == []
@@ -438,8 +443,30 @@ def test_a_build_loads_the_plugins_it_was_given(install: Install, tmp_path: Path
 
 def test_rtx_takes_no_plugins(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    with pytest.raises(UserError, match="takes no plugins"):
-        open_backend("tensorrt-rtx", target="sm_89").load_plugins(tmp_path / "libmat.so")
+    backend = open_backend("tensorrt-rtx", target="sm_89")
+    with pytest.raises(UserError, match="no plugin layers"):
+        backend.load_plugins(tmp_path / "libmat.so")
+    with pytest.raises(UserError, match="no plugin layers"):
+        backend.check_plugins("fp16", BuildOptions(target="sm_89"))
+
+
+def test_what_a_tensorrt_builds_no_engine_with_plugins_of_is_refused(install: Install) -> None:
+    install("8.6.0")
+    backend = open_backend("tensorrt")
+    for precision in ("fp32", "tf32", "fp16"):
+        backend.check_plugins(precision, BuildOptions())
+    with pytest.raises(UserError, match=r"8\.6\.0 has no bf16"):
+        backend.check_plugins("bf16", BuildOptions())
+    with pytest.raises(UserError, match="cannot be version-compatible"):
+        backend.check_plugins("fp16", BuildOptions(version_compatible=True))
+    install("10.13.3")
+    open_backend("tensorrt").check_plugins("bf16", BuildOptions(hardware_compatible=True))
+
+
+@pytest.mark.parametrize(("version", "major"), [("8.6.0", 8), ("10.13.3.9", 10), ("11.0.0", 11)])
+def test_a_backend_knows_which_library_it_loads(install: Install, version: str, major: int) -> None:
+    install(version)
+    assert open_backend("tensorrt").major == major
 
 
 def test_a_build_can_be_cancelled_where_there_is_a_monitor(install: Install) -> None:
@@ -599,7 +626,7 @@ def test_any_other_request_builds_anew_and_says_why(
         starts.append("")
         raise RuntimeError("enough")
 
-    monkeypatch.setattr("engines.build._build_in_process", started)
+    monkeypatch.setattr("engines.build.run_worker", started)
 
     def why(model: bytes | None = None, options: BuildOptions | None = None, **sources: Any) -> str:
         notes: list[str] = []
@@ -676,7 +703,7 @@ def test_a_fault_of_ours_is_no_users_mistake(install: Install, tmp_path: Path, p
 def test_a_process_that_hangs_when_done_is_ended(
     install: Install, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.build._PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("engines.process._PATIENCE_SECONDS", 0.3)
     install("10.13.3", "hangs at exit")
     started = time.monotonic()
     assert build_engine(model_of(), plan, BuildOptions()).bytes > 0
@@ -781,11 +808,11 @@ def test_each_tensorrt_and_gpu_has_its_timing_cache(
 
 _SCRIPT = """
 import sys
-import engines.build
+import engines.process
 from pathlib import Path
 from engines.build import build_engine
 from engines.options import BuildOptions
-engines.build._PATIENCE_SECONDS = 1.0
+engines.process._PATIENCE_SECONDS = 1.0
 folder = Path(sys.argv[1])
 options = BuildOptions.from_json(sys.argv[2])
 try:

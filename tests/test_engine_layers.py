@@ -22,6 +22,7 @@ CONV_86 = {
     "Outputs": [tensor("Channel major FP16 format where channel % 8 == 0", 1, 16, 4, 4)],
     "ParameterType": "Convolution",
     "Kernel": [3, 3],
+    "OutMaps": 16,
     "Weights": {"Type": "Half", "Count": 1152},
     "Bias": {"Type": "Float", "Count": 16},
     "TacticName": "sm80_xmma_fprop_implicit_gemm",
@@ -54,7 +55,18 @@ def test_a_detailed_engine_of_8_6() -> None:
         reformats=1,
         weight_bytes=2 * 1152 + 4 * 16,
         tensor_bytes=(4 + 2) * 128 + 2 * (128 + 256) + 4 * (512 + 512) + 4,
+        convolution_flop={"fp16": 2 * 1152 * 4 * 4},
     )
+
+
+def test_convolutions_count_by_the_type_they_read() -> None:
+    quantized = {
+        **CONV_86,
+        "Inputs": [tensor("Thirty-two wide channel vectorized row major Int8 format", 1, 8, 4, 4)],
+    }
+    blind = {**CONV_86, "OutMaps": None}
+    flop = summarise({"Layers": [CONV_86, quantized, quantized, blind]}).convolution_flop
+    assert flop == {"int8": 2 * 2 * 1152 * 4 * 4, "fp16": 2 * 1152 * 4 * 4}
 
 
 def test_an_engine_of_8_6_that_tells_names_alone() -> None:
@@ -143,3 +155,4 @@ def test_what_8_6_says_of_the_network_is_read() -> None:
     assert summary.reformats == 3
     assert set(summary.by_precision) == {"fp32", "bool", "int32"}
     assert summary.weight_bytes > 0
+    assert sum(summary.convolution_flop.values()) > 0

@@ -15,7 +15,7 @@ from engines.options import (
     parse_target,
     range_text,
 )
-from engines.profiles import check_in_profiles, profiles_of
+from engines.profiles import profiles_of, ranges_of
 from mat_export.contract import GraphSpec, UserError
 from mat_torch import preset
 
@@ -33,6 +33,7 @@ EVERYTHING = BuildOptions(
     refittable=True,
     tactic_sources=("JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS"),
     timing_iterations=2,
+    plugins="on",
 )
 
 
@@ -118,6 +119,8 @@ def test_other_targets_are_refused(text: Any) -> None:
         ("tactic_sources", (1,)),
         ("tactic_sources", "CUDNN"),
         ("target", "here"),
+        ("plugins", "yes"),
+        ("plugins", True),
     ],
 )
 def test_values_out_of_range_are_refused(field: str, value: Any) -> None:
@@ -222,9 +225,8 @@ def test_a_size_that_the_network_does_not_take_is_refused() -> None:
         profiles_of(spec, BuildOptions(size=((256, 256), (300, 300), (512, 512))))
 
 
-def test_a_shape_outside_its_profile_is_refused_with_what_it_may_be() -> None:
-    profiles = profiles_of(GraphSpec(TINY, batch=None), BuildOptions(batch=(1, 2, 4)))
-    inside = {name: best for name, (_, best, _) in profiles.items()}
-    check_in_profiles(profiles, inside)
-    with pytest.raises(UserError, match=r"'z' from \[1, 128\] to \[4, 128\], got \[5, 128\]"):
-        check_in_profiles(profiles, {**inside, "z": (5, 128)})
+def test_ranges_are_those_asked_for_or_what_the_graph_fixes() -> None:
+    native = ((256, 256),) * 3
+    assert ranges_of(GraphSpec(TINY, batch=4), BuildOptions()) == ((4, 4, 4), native)
+    free = GraphSpec(TINY, batch=None, dynamic_size=True, noise="input")
+    assert ranges_of(free, BuildOptions(batch=(1, 2, 4), size=SIZES)) == ((1, 2, 4), SIZES)

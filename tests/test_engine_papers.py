@@ -14,16 +14,17 @@ from fake_tensorrt import GPU, fake_device_info, make_tensorrt
 from engines.options import BuildOptions
 from engines.papers import (
     FORMAT,
-    differences,
     open_plan,
     read_engine_manifest,
     rebuild_command,
     record_parity,
     save_engine,
 )
+from engines.plugins.library import LibraryDescription
 from engines.profiles import profiles_of
 from mat_export.contract import GraphSpec, UserError
 from mat_export.files import file_digest
+from mat_export.manifest import differences
 from mat_torch import preset
 
 SPEC = GraphSpec(preset("mat-tiny-256"), batch=None)
@@ -96,7 +97,6 @@ def test_a_plan_opens_where_it_was_built(save: Save) -> None:
     assert opened.spec == SPEC
     assert opened.backend.label == "TensorRT 10.13.3"
     assert opened.notes == ()
-    assert opened.profiles["z"] == ((1, 128), (2, 128), (4, 128))
     assert not opened.backend.allow_host_code
     assert opened.manifest["sha256"] == file_digest(path)
     assert opened.manifest["parity"] is None
@@ -109,7 +109,7 @@ def test_another_gpu_of_the_same_capability_is_noted(
     path = save()
     monkeypatch.setitem(GPU, "name", "Other GPU")
     (text,) = open_plan(path).notes
-    assert "built on Fake GPU and runs on Other GPU" in text
+    assert text == "built on Fake GPU and perhaps slower here"
 
 
 def test_a_version_compatible_plan_opens_with_later_versions(
@@ -194,7 +194,23 @@ def test_a_plugin_has_to_be_there_as_it_was(save: Save, tmp_path: Path) -> None:
     library.write_bytes(b"other code")
     assert "another plugin" in refusal(path)
     library.unlink()
-    assert "which is not there" in refusal(path)
+    text = refusal(path)
+    assert "which is not there: bring it, or build it again" in text
+    assert text.endswith(AGAIN)
+
+
+def test_a_hardware_compatible_plan_needs_plugins_for_this_gpu(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libmat.so"
+    library.write_bytes(b"compatible code")
+    plugin = {"path": str(library), "sha256": file_digest(library)}
+    path = save(BuildOptions(hardware_compatible=True), plugin=plugin)
+    description = LibraryDescription("V3", "10.13.3", 10, ("sm_86",), "13.0", "digest")
+    monkeypatch.setattr("engines.papers.describe_library", lambda path: description)
+    assert open_plan(path).plan
+    monkeypatch.setitem(GPU, "capability", (9, 0))
+    assert "which no GPU of compute capability 9.0 runs" in refusal(path)
 
 
 def test_a_library_that_is_no_plugin_is_refused(save: Save, tmp_path: Path) -> None:

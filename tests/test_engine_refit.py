@@ -61,7 +61,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenedPlan:
             "key": "k" * 64,
             "request": request,
             "graph": json.loads(SPEC.to_json()),
-            "sources": {"checkpoint": SPEC.checkpoint},
+            "sources": {"checkpoint": SPEC.checkpoint, "plugin_choice": {"why": "1 ms less"}},
             "command": ["mat-export", "trt", "mat.onnx"],
             "parity": {"passed": True},
         },
@@ -76,7 +76,7 @@ def test_the_new_engine_has_papers_of_its_own(opened: OpenedPlan, tmp_path: Path
     assert report.weights == 2
     again = open_plan(target)
     assert again.spec.checkpoint == NEW.checkpoint
-    assert again.manifest["sources"]["checkpoint"] == NEW.checkpoint
+    assert again.manifest["sources"] == {"checkpoint": NEW.checkpoint}
     assert again.manifest["refitted_from"] == opened.manifest["sha256"]
     assert again.manifest["parity"] is None
     assert again.manifest["key"] != opened.manifest["key"]

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from engines import cuda
 from engines.arrays import DeviceArray, as_device_array, as_host_array, read_capsule
+from engines.papers import OpenedPlan
 from engines.runner import EngineRunner
 from engines.runtime import Engine
 from mat_export.contract import GraphSpec, UserError
@@ -1296,7 +1297,7 @@ def open_as(monkeypatch: pytest.MonkeyPatch, backend: FakeBackend, spec: GraphSp
 
     def open_plan(path: Path) -> Any:
         asked.append(path)
-        return SimpleNamespace(path=path, plan=PLAN, spec=spec, backend=backend, manifest={})
+        return OpenedPlan(path, PLAN, spec, backend, manifest={}, notes=("perhaps slower here",))
 
     monkeypatch.setattr("engines.runner.open_plan", open_plan)
     return asked
@@ -1318,7 +1319,7 @@ def test_the_runner_is_a_runner(
     asked = open_as(monkeypatch, FakeBackend(engine_for(gpu, spec)), spec)
     runner: Runner = EngineRunner("some/mat.plan", threads=3)
     assert asked == [Path("some/mat.plan")]
-    assert runner.name == "TensorRT 8.6.0, Paper GPU 0"
+    assert runner.name == "TensorRT 8.6.0, Paper GPU 0, perhaps slower here"
     assert runner.spec is spec
     with runner:
         for batch in (1, 3, 3):

@@ -13,7 +13,10 @@ from onnx import TensorProto, helper
 from engines.weak_typing import constrain, tensor_types
 from mat_export.engine_graph import prepare_engine_graph
 
-KINDS = ("CONSTANT", "SHAPE", "CAST", "CONVOLUTION", "SHUFFLE", "ELEMENTWISE", "REDUCE")
+KINDS = (
+    *("CONSTANT", "SHAPE", "CAST", "CONVOLUTION", "SHUFFLE", "ELEMENTWISE", "REDUCE"),
+    *("QUANTIZE", "DEQUANTIZE"),
+)
 TRT = SimpleNamespace(
     float16="half",
     float32="float",
@@ -115,6 +118,35 @@ def test_constants_shapes_casts_and_whole_numbers_are_left_alone() -> None:
     ]
     assert run(layers) == (0, 0)
     assert all(layer.precision is None and not layer.output_types for layer in layers)
+
+
+def quantized_graph() -> onnx.ModelProto:
+    """x → Q → DQ → r (float) → y (float)."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "o"], ["q"], "x/QuantizeLinear"),
+        helper.make_node("DequantizeLinear", ["q", "s", "o"], ["r"], "x/DequantizeLinear"),
+        helper.make_node("Relu", ["r"], ["y"], "a/Relu"),
+        helper.make_node("Relu", ["y"], ["z"], "b/Relu"),
+    ]
+    weights = [
+        helper.make_tensor("s", TensorProto.FLOAT, [], [0.5]),
+        helper.make_tensor("o", TensorProto.INT8, [], [0]),
+    ]
+    x, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in "xz")
+    made = helper.make_graph(nodes, "g", [x], [z], weights)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_what_becomes_int8_is_told_no_type() -> None:
+    quantize = Layer("x/QuantizeLinear", "QUANTIZE", ["x"], ["q"])
+    dequantize = Layer("x/DequantizeLinear", "DEQUANTIZE", ["q"], ["r"])
+    int8 = Layer("a/Relu", "CONVOLUTION", ["r"], ["y"])
+    after = Layer("b/Relu", "CONVOLUTION", ["y"], ["z"])
+    assert constrain(TRT, Network([quantize, dequantize, int8, after]), quantized_graph()) == (0, 1)
+    for layer in (quantize, dequantize, int8):
+        assert layer.precision is None
+        assert not layer.output_types
+    assert after.precision == "float"
 
 
 def test_mask_propagation_stays_free() -> None:

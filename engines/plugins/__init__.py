@@ -1,4 +1,5 @@
 """CUDA kernels of the two operators, and what makes TensorRT and PyTorch run them.
 
-The sources (``.cuh``, ``.cu``, ``.h``) lie beside this file; nothing is compiled on import.
+The sources (``.cu``, ``.cuh``, ``.h``, ``.cpp``) lie beside this file; nothing is compiled on
+import.
 """

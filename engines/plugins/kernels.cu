@@ -23,7 +23,7 @@ WindowAttention of(const MatAttention& a) {
     const int shift = shift_of(a.height, a.width, a.window, a.shift);
     return {a.q,      a.k,         a.v,      a.valid, a.y,        a.propagated, a.batch,   a.height,
             a.width,  a.heads,     a.head_size, a.window, shift, a.q_stride,  a.k_stride,
-            a.v_stride, a.y_stride};
+            a.v_stride, a.y_stride, a.mask_type == MAT_MASK_INT32};
 }
 
 const char* grid_problem(int32_t batch, int32_t height, int32_t width, int32_t window,
@@ -37,36 +37,61 @@ const char* grid_problem(int32_t batch, int32_t height, int32_t width, int32_t w
     return nullptr;
 }
 
-// Few windows are cut finer, so that there are enough blocks to fill a GPU.
-template <typename T, int kSide>
-void launch_mma(const WindowAttention& p, cudaStream_t stream) {
-    constexpr int kWarps = kSide == 8 ? 4 : 2;
-    constexpr int kTiles = kSide * kSide / (16 * kWarps);
-    const int windows = (p.height / kSide) * (p.width / kSide);
-    const dim3 grid(windows * kTiles, p.heads, p.batch);
-    start(mat::window_attention_mma<T, kSide, kWarps>, grid, 32 * kWarps, stream, p);
+// 0 if CUDA does not say.
+int attribute_of_gpu(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+    return known ? value : 0;
 }
 
-template <int kSide>
-void launch(const WindowAttention& p, int type, cudaStream_t stream) {
-    if (type == MAT_HALF) {
-        launch_mma<__half, kSide>(p, stream);
-    } else if (type == MAT_BFLOAT16) {
-        launch_mma<__nv_bfloat16, kSide>(p, stream);
+bool is_mask_type(int32_t type) { return type == MAT_MASK_BYTE || type == MAT_MASK_INT32; }
+
+bool before_ampere() {
+    const int major = attribute_of_gpu(cudaDevAttrComputeCapabilityMajor);
+    return major > 0 && major < 8;
+}
+
+int windows_of(const WindowAttention& p) { return (p.height / p.window) * (p.width / p.window); }
+
+template <typename T, int kSide, int kTiles, int kSplits>
+void launch_mma(const WindowAttention& p, cudaStream_t stream) {
+    const dim3 grid(windows_of(p) * (kSide * kSide / (16 * kTiles)), p.heads, p.batch);
+    constexpr int kThreads = 32 * kTiles * kSplits;
+    start(mat::window_attention_mma<T, kSide, kTiles, kSplits>, grid, kThreads, stream, p);
+}
+
+// A window of 16 takes two blocks a head; where these would leave the GPU idle, it takes eight, whose
+// warps share the keys.
+template <typename T>
+void launch_tensor_cores(const WindowAttention& p, cudaStream_t stream) {
+    if (p.window == 8) return launch_mma<T, 8, 4, 1>(p, stream);
+    const int64_t blocks = int64_t{2} * windows_of(p) * p.heads * p.batch;
+    if (blocks < 2 * attribute_of_gpu(cudaDevAttrMultiProcessorCount)) {
+        launch_mma<T, 16, 2, 4>(p, stream);
     } else {
-        constexpr int kQueries = 64;
-        const int windows = (p.height / kSide) * (p.width / kSide);
-        const dim3 grid(windows * (kSide * kSide / kQueries), p.heads, p.batch);
-        start(mat::window_attention_fp32<kSide, kQueries>, grid, kQueries, stream, p);
+        launch_mma<T, 16, 8, 1>(p, stream);
     }
 }
 
-bool before_ampere() {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major < 8;
+template <int kSide>
+void launch_fp32(const WindowAttention& p, cudaStream_t stream) {
+    constexpr int kQueries = 64;
+    const dim3 grid(windows_of(p) * (kSide * kSide / kQueries), p.heads, p.batch);
+    start(mat::window_attention_fp32<kSide, kQueries>, grid, kQueries, stream, p);
+}
+
+template <typename Mask>
+void launch_propagation(const void* from, void* to, int32_t batch, const WindowAttention& p,
+                        cudaStream_t stream) {
+    const auto* mask = static_cast<const Mask*>(from);
+    auto* out = static_cast<Mask*>(to);
+    const dim3 grid(windows_of(p), batch);
+    if (p.window == 8) {
+        start(mat::propagate_mask<8, Mask>, grid, 64, stream, mask, out, p);
+    } else {
+        start(mat::propagate_mask<16, Mask>, grid, 256, stream, mask, out, p);
+    }
 }
 
 }  // namespace
@@ -81,6 +106,7 @@ extern "C" const char* mat_attention_problem(const MatAttention* a) {
     if (a->type != MAT_FLOAT && a->type != MAT_HALF && a->type != MAT_BFLOAT16) {
         return "the type is FP32, FP16 or BF16";
     }
+    if (!is_mask_type(a->mask_type)) return "masks are of bytes or of INT32";
     const int32_t least = a->heads * a->head_size;
     if (a->q_stride < least || a->k_stride < least || a->v_stride < least || a->y_stride < least) {
         return "a token's stride is at least heads times head size";
@@ -95,17 +121,23 @@ extern "C" int mat_attention(const MatAttention* a, cudaStream_t stream) {
     if (mat_attention_problem(a) != nullptr) return cudaErrorInvalidValue;
     if (a->type == MAT_BFLOAT16 && before_ampere()) return cudaErrorNotSupported;
     const WindowAttention p = of(*a);
-    if (a->window == 8) {
-        launch<8>(p, a->type, stream);
+    if (a->type == MAT_HALF) {
+        launch_tensor_cores<__half>(p, stream);
+    } else if (a->type == MAT_BFLOAT16) {
+        launch_tensor_cores<__nv_bfloat16>(p, stream);
+    } else if (a->window == 8) {
+        launch_fp32<8>(p, stream);
     } else {
-        launch<16>(p, a->type, stream);
+        launch_fp32<16>(p, stream);
     }
     return cudaGetLastError();
 }
 
-extern "C" int mat_propagate(const uint8_t* mask, uint8_t* out, int32_t batch, int32_t height,
-                             int32_t width, int32_t window, int32_t shift, cudaStream_t stream) {
-    if (grid_problem(batch, height, width, window, shift) != nullptr || mask == out) {
+extern "C" int mat_propagate(const void* mask, void* out, int32_t batch, int32_t height,
+                             int32_t width, int32_t window, int32_t shift, int32_t mask_type,
+                             cudaStream_t stream) {
+    if (grid_problem(batch, height, width, window, shift) != nullptr || mask == out ||
+        !is_mask_type(mask_type)) {
         return cudaErrorInvalidValue;
     }
     WindowAttention p{};
@@ -113,11 +145,10 @@ extern "C" int mat_propagate(const uint8_t* mask, uint8_t* out, int32_t batch, i
     p.width = width;
     p.window = window;
     p.shift = shift_of(height, width, window, shift);
-    const dim3 grid((height / window) * (width / window), batch);
-    if (window == 8) {
-        start(mat::propagate_mask<8>, grid, 64, stream, mask, out, p);
+    if (mask_type == MAT_MASK_INT32) {
+        launch_propagation<int32_t>(mask, out, batch, p, stream);
     } else {
-        start(mat::propagate_mask<16>, grid, 256, stream, mask, out, p);
+        launch_propagation<uint8_t>(mask, out, batch, p, stream);
     }
     return cudaGetLastError();
 }

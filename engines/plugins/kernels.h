@@ -10,20 +10,25 @@ extern "C" {
 
 enum MatType { MAT_FLOAT = 0, MAT_HALF = 1, MAT_BFLOAT16 = 2 };
 
+// The elements of masks: bytes, as PyTorch's bools are, or 32-bit integers. Any number but 0 is
+// valid; what is written is 0 or 1.
+enum MatMaskType { MAT_MASK_BYTE = 0, MAT_MASK_INT32 = 1 };
+
 // Where things lie, in memory of the GPU. Strides are in elements, from token to token.
 struct MatAttention {
     const void* q;             // [batch, height·width, heads·head_size], scaled by 1/√head_size
     const void* k;
     const void* v;
-    const uint8_t* valid;      // [batch, height·width], 1 valid, 0 not; NULL: all are
+    const void* valid;         // [batch, height·width], a mask; NULL: all are valid
     void* y;                   // like q
-    uint8_t* propagated;       // like valid: the mask behind the block; NULL: not wanted
+    void* propagated;          // like valid: the mask behind the block; NULL: not wanted
     int32_t batch, height, width;
     int32_t heads, head_size;  // head_size even and at most 32
     int32_t window, shift;     // 8 or 16, dividing height and width; shift from 0 below window,
                                // and taken as 0 where one side is the window
     int32_t q_stride, k_stride, v_stride, y_stride;
     int32_t type;              // of q, k, v and y: a MatType
+    int32_t mask_type;         // of valid and propagated: a MatMaskType
 };
 
 // Why a launch would be refused, in a sentence, or NULL if it would not.
@@ -34,9 +39,9 @@ const char* mat_attention_problem(const struct MatAttention* attention);
 int mat_attention(const struct MatAttention* attention, cudaStream_t stream);
 
 // Mask propagation alone: `out` (not `mask` itself) gets 1 for every token of a window that has a
-// valid one.
-int mat_propagate(const uint8_t* mask, uint8_t* out, int32_t batch, int32_t height, int32_t width,
-                  int32_t window, int32_t shift, cudaStream_t stream);
+// valid one. `mask_type` is a MatMaskType, of both.
+int mat_propagate(const void* mask, void* out, int32_t batch, int32_t height, int32_t width,
+                  int32_t window, int32_t shift, int32_t mask_type, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

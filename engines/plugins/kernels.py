@@ -19,7 +19,17 @@ from tempfile import TemporaryDirectory
 from mat_export.contract import UserError
 from mat_export.files import cache_folder
 
-__all__ = ["SOURCES", "TYPES", "KernelLibrary", "Tokens", "compile_kernels", "open_kernels"]
+__all__ = [
+    "MASK_TYPES",
+    "SOURCES",
+    "TYPES",
+    "KernelLibrary",
+    "Tokens",
+    "compile_kernels",
+    "compile_once",
+    "find_nvcc",
+    "open_kernels",
+]
 
 SOURCES = Path(__file__).parent
 """Where the sources lie."""
@@ -27,8 +37,10 @@ SOURCES = Path(__file__).parent
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 """``MatType`` by the name of an element type."""
 
+MASK_TYPES = {"bool": 0, "int32": 1}
+"""``MatMaskType`` by the name of an element type."""
+
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
-_FILES = ("kernels.cu", "kernels.h", "tensor_cores.cuh", "window_attention.cuh")
 _NOT_SUPPORTED = 801
 
 
@@ -40,7 +52,7 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "heads", "head_size")),
         *((name, ctypes.c_int32) for name in ("window", "shift")),
         *((f"{name}_stride", ctypes.c_int32) for name in "qkvy"),
-        ("type", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("type", "mask_type")),
     )
 
 
@@ -75,7 +87,7 @@ class KernelLibrary:
         self._library.mat_attention_problem.restype = ctypes.c_char_p
         self._library.mat_propagate.argtypes = (
             *[ctypes.c_void_p] * 2,
-            *[ctypes.c_int32] * 5,
+            *[ctypes.c_int32] * 6,
             ctypes.c_void_p,
         )
 
@@ -94,6 +106,7 @@ class KernelLibrary:
         dtype: str,
         valid: int | None = None,
         propagated: int | None = None,
+        mask_dtype: str = "bool",
         stream: int = 0,
     ) -> None:
         """Masked window attention, and the mask behind it.
@@ -109,8 +122,9 @@ class KernelLibrary:
             window: 8 or 16.
             shift: Tokens the grid is rolled by, from 0 below the window.
             dtype: One of TYPES, of q, k, v and y.
-            valid: Address of bytes [B, H·W], 1 valid; None where every token is.
-            propagated: Address for the mask behind the block, likewise; None if not wanted.
+            valid: Address of a mask [B, H·W], not 0 where valid; None where every token is.
+            propagated: Address for the mask behind the block, 0 or 1; None if not wanted.
+            mask_dtype: One of MASK_TYPES, of both masks.
             stream: A cudaStream_t.
 
         Raises:
@@ -131,6 +145,7 @@ class KernelLibrary:
             shift,
             *(tokens.stride for tokens in (q, k, v, y)),
             TYPES[dtype],
+            _mask_type(mask_dtype),
         )
         problem = self._library.mat_attention_problem(ctypes.byref(call))
         if problem is not None:
@@ -148,22 +163,26 @@ class KernelLibrary:
         shape: tuple[int, int, int],
         window: int,
         shift: int,
+        mask_dtype: str = "bool",
         stream: int = 0,
     ) -> None:
         """Mask propagation alone: every token of a window with a valid token is valid.
 
         Args:
-            mask: Address of bytes [B, H·W], 1 valid.
+            mask: Address of a mask [B, H·W], not 0 where valid.
             out: Address for the result, another one.
             shape: B, H and W; both sides are multiples of the window.
             window: 8 or 16.
             shift: Tokens the grid is rolled by, from 0 below the window.
+            mask_dtype: One of MASK_TYPES, of both masks.
             stream: A cudaStream_t.
 
         Raises:
+            UserError: For another type of masks.
             RuntimeError: If the launch fails, or the sizes are none of these.
         """
-        _check(self._library.mat_propagate(mask, out, *shape, window, shift, stream))
+        kind = _mask_type(mask_dtype)
+        _check(self._library.mat_propagate(mask, out, *shape, window, shift, kind, stream))
 
 
 def open_kernels(capability: tuple[int, int]) -> KernelLibrary:
@@ -188,21 +207,42 @@ def compile_kernels(architecture: str, *, folder: Path | None = None) -> Path:
     Raises:
         UserError: Without a compiler, or if it fails.
     """
-    nvcc = find_nvcc()
     arguments = (*_FLAGS, f"-arch={architecture}")
+    return compile_once("kernels.cu", arguments, f"libmat_kernels-{architecture}", ".so", folder)
+
+
+def compile_once(
+    source: str, arguments: Sequence[str], stem: str, suffix: str, folder: Path | None = None
+) -> Path:
+    """Compile a source with nvcc, once for each state of the sources, arguments and compiler.
+
+    Args:
+        source: Its file name, in SOURCES.
+        arguments: nvcc's, which say what is made.
+        stem: How the made file's name begins.
+        suffix: How it ends.
+        folder: Where what is made is kept; by default the user's cache folder.
+
+    Returns:
+        The made file.
+
+    Raises:
+        UserError: Without a compiler, or if it fails.
+    """
+    nvcc = find_nvcc()
     digest = _digest([nvcc, "--version"], arguments)
     folder = cache_folder() / "kernels" if folder is None else folder
-    target = folder / f"libmat_kernels-{architecture}-{digest[:16]}.so"
+    target = folder / f"{stem}-{digest[:16]}{suffix}"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / target.name
-        command = [nvcc, *arguments, str(SOURCES / "kernels.cu"), "-o", str(made)]
+        command = [nvcc, *arguments, str(SOURCES / source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(
-                f"nvcc did not compile the kernels for {architecture}: "
+                f"nvcc did not compile {source} ({' '.join(arguments)}): "
                 f"{(done.stderr or done.stdout).strip()[-800:]}"
             )
         os.replace(made, target)
@@ -231,9 +271,16 @@ def _digest(version: Sequence[str], arguments: Sequence[str]) -> str:
     state = hashlib.sha256()
     state.update(subprocess.run(version, capture_output=True, check=False).stdout)
     state.update("\0".join(arguments).encode())
-    for name in _FILES:
-        state.update((SOURCES / name).read_bytes())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            state.update(path.read_bytes())
     return state.hexdigest()
+
+
+def _mask_type(name: str) -> int:
+    if name not in MASK_TYPES:
+        raise UserError(f"the kernels take masks of {', '.join(MASK_TYPES)}, got '{name}'")
+    return MASK_TYPES[name]
 
 
 def _check(status: int) -> None:

@@ -70,13 +70,30 @@ __device__ inline void multiply<__nv_bfloat16>(float (&d)[4], const uint32_t (&a
 #endif
 }
 
-// Two 8×8 matrices of 16-bit numbers, transposed on the way: b of a product whose rows lie in
-// shared memory. Lanes 0–15 give the addresses of the 16 rows.
-__device__ inline void load_transposed(uint32_t& b0, uint32_t& b1, const void* row) {
+// Four 8×8 matrices of 16-bit numbers from shared memory: b of products. Eight lanes each give the
+// addresses of a matrix's rows; a lane gets numbers 2c and 2c + 1 of row r, where c = lane mod 4 and
+// r = lane / 4, or, transposed, of column r.
+template <bool kTransposed>
+__device__ inline void load_matrices(uint32_t (&b)[4], const void* row) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(b0), "=r"(b1)
-                 : "r"(address));
+    if constexpr (kTransposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                     : "r"(address)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                     : "r"(address)
+                     : "memory");
+    }
+}
+
+// 2ˣ to two units in the last place, 0 where it is below FP32's normal numbers.
+__device__ inline float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 }  // namespace mat

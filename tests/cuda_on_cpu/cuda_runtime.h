@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -34,21 +35,39 @@ enum cudaError_t {
     cudaErrorInvalidValue = 1,
     cudaErrorNotSupported = 801,
 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaMalloc(void** pointer, size_t size) {
+    return *pointer = std::malloc(size), cudaSuccess;
+}
+inline cudaError_t cudaFree(void* pointer) { return std::free(pointer), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
+    return std::memcpy(to, from, size), cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-    return *value = 9, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    return *value = attribute == cudaDevAttrMultiProcessorCount ? 8 : 9, cudaSuccess;
 }
 
 namespace paper {
+
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
 
 struct Block {
     std::vector<ucontext_t> fibers;
     std::vector<std::vector<char>> stacks;
     std::vector<bool> ended;
     std::vector<uint32_t> slots;  // what each thread shows the others, 8 words a thread
+    std::vector<std::vector<Copy>> copies;  // asynchronous ones of each thread, under way
     ucontext_t scheduler;
     unsigned current = 0;
     std::function<void()> body;
@@ -71,6 +90,7 @@ inline void run_block(int threads, std::function<void()> body) {
     block.stacks.resize(threads);
     block.ended.assign(threads, false);
     block.slots.assign(8 * threads, 0);
+    block.copies.assign(threads, {});
     for (int i = 0; i < threads; ++i) {
         block.stacks[i].resize(64 << 10);
         getcontext(&block.fibers[i]);
@@ -124,7 +144,18 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 }
 
 inline uint32_t __ldg(const uint32_t* pointer) { return *pointer; }
-inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+
+// Copies arrive late, when they are waited for: what is read before is what was there.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+    paper::block.copies[paper::block.current].push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(int) {
+    auto& copies = paper::block.copies[paper::block.current];
+    for (const auto& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+    copies.clear();
+}
 
 template <typename... Arguments>
 void start(void (*kernel)(Arguments...), dim3 grid, int threads, cudaStream_t,

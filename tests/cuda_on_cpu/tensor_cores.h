@@ -75,26 +75,27 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     paper::yield();
 }
 
-inline void load_transposed(uint32_t& b0, uint32_t& b1, const void* row) {
+template <bool kTransposed>
+void load_matrices(uint32_t (&b)[4], const void* row) {
     const uint64_t address = reinterpret_cast<uint64_t>(row);
     paper::show(0, static_cast<uint32_t>(address));
     paper::show(1, static_cast<uint32_t>(address >> 32));
     paper::yield();
     const unsigned lane = paper::block.current % 32;
-    uint32_t words[2];
-    for (int matrix = 0; matrix < 2; ++matrix) {
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
         uint16_t halves[2];
-        for (int i = 0; i < 2; ++i) {
-            const unsigned from = paper::warp() + 8 * matrix + 2 * (lane % 4) + i;
+        for (unsigned i = 0; i < 2; ++i) {
+            const unsigned near = lane / 4, far = 2 * (lane % 4) + i;
+            const unsigned from = paper::warp() + 8 * matrix + (kTransposed ? far : near);
             const uint64_t at =
                 paper::shown(from, 0) | static_cast<uint64_t>(paper::shown(from, 1)) << 32;
-            halves[i] = reinterpret_cast<const uint16_t*>(at)[lane / 4];
+            halves[i] = reinterpret_cast<const uint16_t*>(at)[kTransposed ? near : far];
         }
-        words[matrix] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+        b[matrix] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
     }
     paper::yield();
-    b0 = words[0];
-    b1 = words[1];
 }
+
+inline float exp2_of(float x) { return std::exp2(x); }
 
 }  // namespace mat

@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from mat_export.bench import bench
-from mat_export.contract import UserError
-from mat_torch import Checkpoint, save_checkpoint
+from mat_export.bench import bench, example_inputs
+from mat_export.contract import GraphSpec, UserError, check_inputs
+from mat_torch import Checkpoint, preset, save_checkpoint
+
+
+def test_example_inputs_fit_a_dynamic_batch_and_size() -> None:
+    spec = GraphSpec(preset("mat-tiny-256"), batch=None, dynamic_size=True, noise="input")
+    for size in (None, (256, 512)):
+        inputs = example_inputs(spec, 3, size)
+        check_inputs(spec, inputs)
+        assert inputs["image"].shape == (3, 3, *(size or (256, 256)))
 
 
 def test_models_are_timed_side_by_side(

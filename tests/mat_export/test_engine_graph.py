@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 
 from mat_export.bench import example_inputs
 from mat_export.contract import OPERATOR_DOMAIN, GraphSpec, UserError, mask_state_names
@@ -97,20 +98,41 @@ def test_the_source_is_left_as_it_is(tiny_onnx: Path) -> None:
     assert spec.precision == "fp32"
 
 
+def plugin_functions() -> list[onnx.FunctionProto]:
+    """The operators' functions between masks of integers, as plugins take and give them."""
+    functions = function_library(17, dynamic=False)
+    for function in functions:
+        if function.name not in PLUGIN_OPERATORS or "valid" not in function.input:
+            continue
+        for node in function.node:
+            node.input[:] = ["valid_bool" if name == "valid" else name for name in node.input]
+        to_bool = onnx.helper.make_node("Cast", ["valid"], ["valid_bool"], to=TensorProto.BOOL)
+        function.node.insert(0, to_bool)
+        if function.name == "MaskPropagation":
+            function.node[-1].output[0] = "y_bool"
+            to_integers = onnx.helper.make_node("Cast", ["y_bool"], ["y"], to=TensorProto.INT32)
+            function.node.append(to_integers)
+    return functions
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_with_plugins_the_operators_are_calls_of_what_their_functions_say(
     tiny_onnx: Path, precision: str
 ) -> None:
     plain = prepare_engine_graph(tiny_onnx, precision, opset=17)
     graph = prepare_engine_graph(tiny_onnx, precision, opset=17, plugins=True)
+    # Two stacks of blocks with masks: into the first block's calls, and out of the last one's.
+    assert graph.passes["plugin_mask_casts"] == 4
     called = Counter(n.op_type for n in graph.model.graph.node if n.domain == OPERATOR_DOMAIN)
     assert set(called) == PLUGIN_OPERATORS
     assert graph.passes["plugins"] == called
     assert called["MaskedWindowAttention"] + called["WindowAttention"] == 14
+    assert "plugin_mask_casts" not in plain.passes
     assert not graph.model.functions
+    onnx.checker.check_model(graph.model, full_check=True)
     assert len(graph.model.graph.node) < 0.75 * len(plain.model.graph.node)
     # With the functions back it is a graph that anyone runs, and the picture is the same.
-    graph.model.functions.extend(function_library(17, dynamic=False))
+    graph.model.functions.extend(plugin_functions())
     inputs = example_inputs(graph.spec, 1)
     hole = inputs["mask"][:, 0] < 0.5
     with OrtRunner(plain.model.SerializeToString()) as a:
@@ -120,3 +142,18 @@ def test_with_plugins_the_operators_are_calls_of_what_their_functions_say(
     psnr = compare(expected, found, hole[0]).psnr
     assert psnr is not None
     assert psnr >= (100.0 if precision == "fp32" else 55.0)
+
+
+def test_mask_states_are_the_same_behind_plugins(tiny_onnx: Path) -> None:
+    plain = prepare_engine_graph(tiny_onnx, "fp32", opset=17, mask_states=True)
+    graph = prepare_engine_graph(tiny_onnx, "fp32", opset=17, mask_states=True, plugins=True)
+    onnx.checker.check_model(graph.model, full_check=True)
+    graph.model.functions.extend(plugin_functions())
+    inputs = example_inputs(graph.spec, 1)
+    with OrtRunner(plain.model.SerializeToString()) as a:
+        expected = a.run(inputs)
+    with OrtRunner(graph.model.SerializeToString()) as b:
+        found = b.run(inputs)
+    assert found.keys() == expected.keys()
+    for name in expected.keys() - {"output"}:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)

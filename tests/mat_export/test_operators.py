@@ -1,10 +1,13 @@
 """The forms of each operator agree: PyTorch reference, torch.library operator, ONNX function.
 
-The CUDA kernel and the TensorRT plugin join `check_forms` when they exist.
+The CUDA kernels join wherever they have the window, on a CPU that plays a GPU, and so do the
+TensorRT plugins of each generation whose headers are here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +21,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_harness import as_integers, call_kernels
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from plugin_harness import Harness
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engines.plugins.kernels import KernelLibrary
+from engines.plugins.toolchain import find_headers
 from mat_export import functions, ops
-from mat_export.contract import OPERATOR_DOMAIN
+from mat_export.contract import OPERATOR_DOMAIN, UserError
 from mat_torch import attention
 from mat_torch.config import LRELU_SLOPE
 
@@ -73,12 +80,19 @@ class Case:
     def channels(self) -> int:
         return self.heads * self.head_dim
 
+    @property
+    def has_kernel(self) -> bool:
+        cut, _ = attention.effective_window(*self.grid, self.window, self.shift)
+        whole = all(side % cut == 0 for side in self.grid)
+        return cut in (8, 16) and whole and self.head_dim % 2 == 0
+
 
 def cases() -> st.SearchStrategy[Case]:
     @st.composite
     def build(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
-        side = draw(st.integers(1, 4))
-        tiles = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+        side = draw(st.sampled_from([1, 2, 3, 4, 8, 8, 8, 16]))
+        most = {8: 3, 16: 2}.get(side, 4)
+        tiles = (draw(st.integers(1, most)), draw(st.integers(1, most)))
         # Only a grid of one row or column of windows may be smaller than the window.
         window = side + (draw(st.integers(0, 3)) if min(tiles) == 1 else 0)
         batch = draw(st.integers(1, 3))
@@ -88,7 +102,7 @@ def cases() -> st.SearchStrategy[Case]:
             window,
             shift=draw(st.integers(0, window - 1)),
             heads=draw(st.integers(1, 3)),
-            head_dim=draw(st.integers(1, 5)),
+            head_dim=draw(st.sampled_from([2, 4, 6] if side >= 8 else [1, 2, 3, 4, 5])),
             batch=batch,
             kept=draw(st.sampled_from(["none", "all", "one", "random", "first"])),
             masks=draw(st.sampled_from([1, batch])),
@@ -113,6 +127,8 @@ HARD = {
     "short_grid_is_cut_by_its_shorter_side": Case(2, (1, 4), 8, 4, heads=2, batch=2, masks=2),
     "narrow_grid_is_cut_by_its_shorter_side": Case(2, (3, 1), 3, 1),
     "windows_of_the_network": Case(8, (2, 2), 8, 4, heads=2, head_dim=8, batch=2, masks=2),
+    "large_windows_of_the_network": Case(16, (2, 2), 16, 8, heads=1, head_dim=30),
+    "grid_cut_to_a_window_of_eight": Case(8, (1, 2), 16, 8, heads=2, head_dim=6, batch=2),
 }
 
 
@@ -324,6 +340,61 @@ def by_onnx(
     return dict(zip(names, map(torch.from_numpy, made.run(names, inputs)), strict=True))
 
 
+def by_kernel(case: Case, inputs: Arrays, library: KernelLibrary) -> dict[str, Tensor]:
+    """The CUDA kernels on a CPU that plays a GPU."""
+    t = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    window, shift = attention.effective_window(*case.grid, case.window, case.shift)
+    cut: dict[str, Any] = {"window": window, "shift": shift, "heads": case.heads}
+    q, k, v, valid = (t[name] for name in ("q", "k", "v", "valid"))
+    masked = call_kernels(library, q, k, v, valid, **cut)
+    assert masked.alone is not None
+    assert masked.tidy
+    assert torch.equal(masked.behind, masked.alone)
+    return {
+        "attended": masked.y,
+        "attended_unmasked": call_kernels(library, q, k, v, None, **cut).y,
+        "propagated": masked.alone.bool()[: case.masks, None],
+    }
+
+
+def by_plugin(case: Case, inputs: Arrays, harness: Harness) -> dict[str, Tensor]:
+    """The TensorRT plugins around the kernels."""
+    t = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    cut = attention.effective_window(*case.grid, case.window, case.shift)
+    qkv = [t["q"], t["k"], t["v"]]
+    masks = as_integers(t["valid"])
+    own = masks.expand(case.batch, -1, -1, -1).contiguous()  # a mask an image
+    results = {
+        "attended": torch.full_like(t["v"], torch.nan),
+        "attended_unmasked": torch.full_like(t["v"], torch.nan),
+        "propagated": torch.full_like(masks, -1),
+    }
+    calls = (
+        (functions.ATTENTION, case.heads, [*qkv, own]),
+        (functions.UNMASKED_ATTENTION, case.heads, qkv),
+        (functions.PROPAGATION, -1, [masks]),
+    )
+    for (name, heads, tensors), out in zip(calls, results.values(), strict=True):
+        assert harness.play(name, cut, heads, tensors, out) == 0, (name, harness.last_line)
+    propagated = results["propagated"].bool()
+    assert torch.equal(results["propagated"], propagated.to(masks.dtype))
+    return {**results, "propagated": propagated}
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Harness]:
+    """The plugins of each generation of TensorRT whose headers are here."""
+    found = {}
+    for version, major, include in (
+        ("v2", 8, os.environ.get("TENSORRT86_INCLUDE")),
+        ("v3", 10, None),
+    ):
+        with contextlib.suppress(UserError):
+            headers = find_headers(include, major).folder
+            found[version] = Harness(version, headers, tmp_path_factory.mktemp(version))
+    return found
+
+
 # -- one property ----------------------------------------------------------------------------------
 
 
@@ -342,11 +413,18 @@ def check_agreement(form: str, results: dict[str, Tensor], expected: dict[str, T
             assert error <= BAR * size, (form, name, error, size)
 
 
-def check_forms(case: Case) -> None:
+def check_forms(case: Case, kernels: KernelLibrary, plugins: dict[str, Harness]) -> None:
     """Every form of every operator gives what the reference gives."""
     inputs = arrays(case)
     expected = by_reference(case, inputs)
     check_agreement("torch.library", by_operator(case, inputs), expected)
+    if case.has_kernel:
+        results = by_kernel(case, inputs, kernels)
+        own = {name: expected[name] for name in results}
+        check_agreement("CUDA kernels", results, own)
+        for version, harness in plugins.items():
+            results = by_plugin(case, inputs, harness)
+            check_agreement(f"plugins of TensorRT, {version}", results, own)
     for opset in OPSETS:
         for dynamic in (False, True):
             batch = case.batch if opset == 17 else "batch"
@@ -355,15 +433,19 @@ def check_forms(case: Case) -> None:
             check_agreement(form, results, expected)
 
 
-@given(cases())
+@given(case=cases())
 @settings(max_examples=60, deadline=None)
-def test_all_forms_of_every_operator_agree(case: Case) -> None:
-    check_forms(case)
+def test_all_forms_of_every_operator_agree(
+    case: Case, paper_kernels: KernelLibrary, plugins: dict[str, Harness]
+) -> None:
+    check_forms(case, paper_kernels, plugins)
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_all_forms_agree_in_the_hard_case(name: str) -> None:
-    check_forms(HARD[name])
+def test_all_forms_agree_in_the_hard_case(
+    name: str, paper_kernels: KernelLibrary, plugins: dict[str, Harness]
+) -> None:
+    check_forms(HARD[name], paper_kernels, plugins)
 
 
 # -- what the hard cases are for -------------------------------------------------------------------
@@ -407,7 +489,10 @@ def operator_calls() -> Iterable[tuple[str, Any, tuple[Any, ...]]]:
     attend = ops.masked_window_attention
     yield "masked_window_attention", attend, (*qkv, t["valid"], 8, 4, case.heads)
     yield "masked_window_attention_unmasked", attend, (*qkv, None, 8, 0, case.heads)
+    turned = (*(x.transpose(1, 2) for x in qkv), t["valid"].transpose(2, 3))
+    yield "masked_window_attention_transposed", attend, (*turned, 8, 4, case.heads)
     yield "mask_propagation", ops.mask_propagation, (t["valid"], 8, 4)
+    yield "mask_propagation_transposed", ops.mask_propagation, (turned[3], 1, 0)
     yield "mask_propagation_of_one_token", ops.mask_propagation, (t["valid"], 1, 0)
     yield "query_key_value", ops.query_key_value, tuple(t[name] for name in QUERY_KEY_VALUE)
     yield "fuse_mlp", ops.fuse_mlp, tuple(t[name] for name in FUSE_MLP)
@@ -448,6 +533,13 @@ def test_a_fake_kernel_gives_the_shape_type_and_layout_of_the_real_one(
     pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
     for a, b in pairs:
         assert (b.shape, b.dtype, b.stride()) == (a.shape, a.dtype, a.stride())
+
+
+def test_a_gradient_is_refused_with_what_has_one() -> None:
+    q = torch.zeros(1, 8, 8, 2, requires_grad=True)
+    y = ops.masked_window_attention(q, q, q, None, 8, 0, 1)
+    with pytest.raises(RuntimeError, match=r"train with mat_torch\.attention"):
+        y.sum().backward()
 
 
 # -- what is left at run time ----------------------------------------------------------------------

@@ -232,6 +232,14 @@ def test_an_engine_with_mask_states_has_all_of_them_checked() -> None:
     assert not check_parity(Engine(10), Engine(0), suite=suite).passed
 
 
+@pytest.mark.parametrize(("fixed", "batch"), [(None, 4), (1, 1)])
+def test_a_dynamic_batch_is_compared_at_the_batch_asked_for(fixed: int | None, batch: int) -> None:
+    candidate = Engine(10, batch=fixed)
+    suite = small_suite("random-small")
+    assert check_parity(candidate, Engine(10), suite=suite, batch=4).passed
+    assert candidate.batches == [batch]
+
+
 def test_a_coarse_image_that_the_reference_lacks_is_not_checked() -> None:
     suite = small_suite("random-small")
     report = check_parity(Engine(10, coarse=True), Engine(10), suite=suite)

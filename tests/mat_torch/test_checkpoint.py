@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import SMALL
 from torch import Tensor, nn
+from training_data import options
 
 from mat_torch.checkpoint import (
     Checkpoint,
@@ -40,6 +41,7 @@ from mat_torch.checkpoint import (
 from mat_torch.config import PRESETS
 from mat_torch.generator import Generator
 from mat_torch.sampling import normal
+from mat_torch.training_state import TrainingState, save_state
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -257,7 +259,9 @@ def test_a_discriminator_is_refused_as_one(files: dict[str, bytes], tmp_path: Pa
     assert "discriminator" in _refusal(_written(tmp_path, files["pickle"]), key="D")
 
 
-@pytest.mark.parametrize("wrapper", ["G_ema", "state_dict", "params_ema", "model", "generator"])
+@pytest.mark.parametrize(
+    "wrapper", ["G_ema", "ema", "state_dict", "params_ema", "model", "generator"]
+)
 def test_a_state_dict_may_lie_under_a_usual_key(
     wrapper: str, small: Checkpoint, tmp_path: Path
 ) -> None:
@@ -271,6 +275,19 @@ def test_key_picks_among_state_dicts(small: Checkpoint, tmp_path: Path) -> None:
     assert load_checkpoint(path).digest == small.digest
     assert load_checkpoint(path, key="G").digest == other.digest
     assert "G, G_ema" in _refusal(path, key="H")
+
+
+def test_of_a_training_run_the_average_is_read(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, name="no preset", mapping_layers=2)
+    state = TrainingState.start(options(config=config))
+    with torch.no_grad():
+        state.ema.mapping.w_avg.fill_(0.5)
+    path = save_state(state, tmp_path)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.config == config
+    assert all(torch.equal(checkpoint.tensors[n], t) for n, t in state.ema.state_dict().items())
+    trained = load_checkpoint(path, key="generator").tensors
+    assert any(not torch.equal(trained[n], t) for n, t in checkpoint.tensors.items())
 
 
 def test_the_prefix_of_parallel_training_is_stripped(small: Checkpoint, tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+// Every kernel on small inputs, for compute-sanitizer: each tensor is an allocation of its own, of
+// exactly its size, and results lie in poisoned memory.
+//
+//   nvcc -std=c++17 -O3 -lineinfo -arch=native -I engines/plugins tests/gpu/sanitize.cu
+//        engines/plugins/kernels.cu -o sanitize
+//   compute-sanitizer --tool memcheck ./sanitize
+//
+// Exits with 1 if something was not written, or written where nothing belongs. Whether the numbers
+// are right is for check_kernels.py to say.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+struct Case {
+    int window, shift, rows, columns;  // the grid in windows
+    int heads, head_size, batch;  // 0 heads: as many as take the kernel for many blocks
+    bool masked, packed;  // q, k and v side by side, y in rows that are wider than it
+    int mask_type;
+};
+
+constexpr Case kCases[] = {
+    {8, 4, 2, 2, 1, 30, 2, true, true, MAT_MASK_BYTE},
+    {8, 0, 1, 2, 2, 32, 1, true, false, MAT_MASK_INT32},
+    {8, 1, 2, 2, 1, 2, 1, false, true, MAT_MASK_BYTE},
+    {16, 8, 2, 2, 1, 30, 1, true, true, MAT_MASK_INT32},
+    {16, 0, 1, 1, 1, 2, 1, false, false, MAT_MASK_INT32},
+    {16, 0, 1, 1, 0, 2, 1, true, false, MAT_MASK_BYTE},
+};
+
+void must(cudaError_t status) {
+    if (status == cudaSuccess) return;
+    std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(status));
+    std::exit(2);
+}
+
+uint32_t random_bits() {
+    static uint32_t state = 1;
+    state ^= state << 13;
+    state ^= state >> 17;
+    return state ^= state << 5;
+}
+
+// A number from ±1/8 to ±2, in a type's bits.
+uint32_t number_of(int type) {
+    const uint32_t bits = random_bits(), sign = bits >> 31, exponent = bits & 3;
+    if (type == MAT_HALF) return sign << 15 | (12 + exponent) << 10 | (bits >> 8 & 0x3ff);
+    if (type == MAT_BFLOAT16) return sign << 15 | (124 + exponent) << 7 | (bits >> 8 & 0x7f);
+    return sign << 31 | (124 + exponent) << 23 | (bits >> 8 & 0x7fffff);
+}
+
+// Memory of the GPU, of exactly this size.
+class Memory {
+   public:
+    explicit Memory(std::vector<uint8_t> const& bytes) : size_(bytes.size()) {
+        must(cudaMalloc(&pointer_, size_));
+        must(cudaMemcpy(pointer_, bytes.data(), size_, cudaMemcpyHostToDevice));
+    }
+    ~Memory() { must(cudaFree(pointer_)); }
+    Memory(Memory const&) = delete;
+
+    template <typename T>
+    T* as() const {
+        return static_cast<T*>(pointer_);
+    }
+    std::vector<uint8_t> bytes() const {
+        std::vector<uint8_t> bytes(size_);
+        must(cudaMemcpy(bytes.data(), pointer_, size_, cudaMemcpyDeviceToHost));
+        return bytes;
+    }
+
+   private:
+    void* pointer_ = nullptr;
+    size_t size_;
+};
+
+// A mask's elements, of which few are valid or all.
+std::vector<uint8_t> mask_of(size_t tokens, size_t size, bool all) {
+    std::vector<uint8_t> bytes(tokens * size);
+    for (size_t i = 0; i < tokens; ++i) bytes[i * size] = all || random_bits() % 50 == 0;
+    return bytes;  // little-endian
+}
+
+std::vector<uint8_t> numbers(size_t count, int type) {
+    const size_t size = type == MAT_FLOAT ? 4 : 2;
+    std::vector<uint8_t> bytes(count * size);
+    for (size_t i = 0; i < count; ++i) {
+        const uint32_t number = number_of(type);
+        std::memcpy(&bytes[i * size], &number, size);  // little-endian
+    }
+    return bytes;
+}
+
+constexpr uint8_t kPoison = 0xff;  // a number of these bytes is no number
+
+// How many elements of rows [tokens, stride] are poison where they should not be, or the reverse.
+int wrong(std::vector<uint8_t> const& bytes, size_t size, int stride, int channels) {
+    int count = 0;
+    for (size_t i = 0; i < bytes.size() / size; ++i) {
+        bool poison = true;
+        for (size_t j = 0; j < size; ++j) poison &= bytes[i * size + j] == kPoison;
+        count += poison == (static_cast<int>(i % stride) < channels);
+    }
+    return count;
+}
+
+bool passes(Case c, int type) {
+    if (c.heads == 0) must(cudaDeviceGetAttribute(&c.heads, cudaDevAttrMultiProcessorCount, 0));
+    const int height = c.rows * c.window, width = c.columns * c.window;
+    const size_t tokens = static_cast<size_t>(c.batch) * height * width;
+    const int channels = c.heads * c.head_size;
+    const size_t size = type == MAT_FLOAT ? 4 : 2;
+    MatAttention a{};
+    a.batch = c.batch;
+    a.height = height;
+    a.width = width;
+    a.heads = c.heads;
+    a.head_size = c.head_size;
+    a.window = c.window;
+    a.shift = c.shift;
+    a.type = type;
+    a.q_stride = a.k_stride = a.v_stride = c.packed ? 3 * channels : channels;
+    a.y_stride = c.packed ? channels + 2 : channels;
+    // The last token of v ends where the memory ends.
+    const Memory q(numbers((c.packed ? 3 : 1) * tokens * channels, type));
+    const Memory k(numbers(tokens * channels, type)), v(numbers(tokens * channels, type));
+    a.q = q.as<void>();
+    a.k = c.packed ? q.as<char>() + size * channels : k.as<char>();
+    a.v = c.packed ? q.as<char>() + 2 * size * channels : v.as<char>();
+    a.mask_type = c.mask_type;
+    const size_t mask_size = c.mask_type == MAT_MASK_INT32 ? 4 : 1;
+    const Memory valid(mask_of(tokens, mask_size, false));
+    const Memory y(std::vector<uint8_t>(tokens * a.y_stride * size, kPoison));
+    const Memory behind(std::vector<uint8_t>(tokens * mask_size, kPoison));
+    const Memory alone(std::vector<uint8_t>(tokens * mask_size, kPoison));
+    a.valid = c.masked ? valid.as<void>() : nullptr;
+    a.y = y.as<void>();
+    a.propagated = behind.as<void>();
+    must(static_cast<cudaError_t>(mat_attention(&a, nullptr)));
+    must(static_cast<cudaError_t>(mat_propagate(valid.as<void>(), alone.as<void>(), c.batch, height,
+                                                width, c.window, c.shift, c.mask_type, nullptr)));
+    must(cudaDeviceSynchronize());
+
+    const int bad = wrong(y.bytes(), size, a.y_stride, channels);
+    const std::vector<uint8_t> ones = mask_of(tokens, mask_size, true);
+    const bool masks = behind.bytes() == (c.masked ? alone.bytes() : ones) &&
+                       wrong(alone.bytes(), mask_size, 1, 1) == 0;
+    std::printf("window %2d, shift %2d, %dx%d windows, %3d heads of %2d, batch %d, %s%s, type %d: %s\n",
+                c.window, c.shift, c.rows, c.columns, c.heads, c.head_size, c.batch,
+                c.masked ? "mask" : "no mask", c.packed ? ", packed" : "", type,
+                bad || !masks ? "FAILED" : "written");
+    if (bad) std::printf("  %d elements unwritten, or written where nothing belongs\n", bad);
+    if (!masks) std::printf("  the masks differ, or are not written\n");
+    return bad == 0 && masks;
+}
+
+}  // namespace
+
+int main() {
+    bool good = true;
+    for (int type : {MAT_FLOAT, MAT_HALF, MAT_BFLOAT16}) {
+        for (Case const& c : kCases) good &= passes(c, type);
+    }
+    return good ? 0 : 1;
+}

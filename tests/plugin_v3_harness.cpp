@@ -1,0 +1,219 @@
+// Plays TensorRT's part for the plugins of 10 and later: finds a creator, makes a plugin of a
+// node's attributes, asks for types, shapes and formats, serializes it, makes one of what was
+// serialized, attaches that to a context and runs it. Compiled together with the plugins and the
+// kernels: on the CPU (`cuda_on_cpu`), or by nvcc with MAT_ON_GPU.
+#include <cstring>
+#include <memory>
+
+#include "plugin_harness.h"
+
+using namespace nvinfer1;
+
+extern "C" IPluginCreatorInterface* const* getCreators(int32_t& count);
+extern "C" void setLoggerFinder(ILoggerFinder* finder);
+
+namespace {
+
+Listener listener;
+const bool listening = (setLoggerFinder(&listener), true);
+
+IPluginCreatorV3One* creator_of(char const* name) {
+    int32_t count = 0;
+    IPluginCreatorInterface* const* all = getCreators(count);
+    for (int32_t i = 0; i < count; ++i) {
+        if (std::strcmp(all[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0) continue;
+        auto* creator = static_cast<IPluginCreatorV3One*>(all[i]);
+        if (std::strcmp(creator->getPluginName(), name) == 0) return creator;
+    }
+    return nullptr;
+}
+
+// A plugin, and its three sides.
+struct Sides {
+    explicit Sides(IPluginV3* made) : plugin(made) {
+        if (made == nullptr) return;
+        auto side = [&](PluginCapabilityType type) { return made->getCapabilityInterface(type); };
+        core = static_cast<IPluginV3OneCore*>(side(PluginCapabilityType::kCORE));
+        build = static_cast<IPluginV3OneBuild*>(side(PluginCapabilityType::kBUILD));
+        runtime = static_cast<IPluginV3OneRuntime*>(side(PluginCapabilityType::kRUNTIME));
+    }
+    std::unique_ptr<IPluginV3> plugin;
+    IPluginV3OneCore* core = nullptr;
+    IPluginV3OneBuild* build = nullptr;
+    IPluginV3OneRuntime* runtime = nullptr;
+};
+
+Sides made(char const* name, int32_t window, int32_t shift, int32_t heads) {
+    const Fields fields(window, shift, heads);
+    return Sides(creator_of(name)->createPlugin("node", fields.get(), TensorRTPhase::kBUILD));
+}
+
+std::vector<DynamicPluginTensorDesc> ranges_of(std::vector<PluginTensorDesc> const& tensors) {
+    std::vector<DynamicPluginTensorDesc> ranges;
+    for (PluginTensorDesc const& tensor : tensors) {
+        ranges.push_back({tensor, tensor.dims, tensor.dims, tensor.dims});
+    }
+    return ranges;
+}
+
+// A size that is known, and whoever makes expressions of them: these plugins need none.
+struct Size final : IDimensionExpr, private apiv::VDimensionExpr {
+    explicit Size(int64_t value) : value_(value) { mImpl = this; }
+    bool isConstant() const override { return true; }
+    int64_t getConstantValue() const override { return value_; }
+    bool isSizeTensor() const override { return false; }
+    int64_t value_;
+};
+
+struct Builder final : IExprBuilder, private apiv::VExprBuilder {
+    Builder() { mImpl = this; }
+    IDimensionExpr const* constant(int64_t) override { return ++asked, nullptr; }
+    IDimensionExpr const* operation(DimensionOperation, IDimensionExpr const&,
+                                    IDimensionExpr const&) override {
+        return ++asked, nullptr;
+    }
+    IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&,
+                                            IDimensionExpr const&) override {
+        return ++asked, nullptr;
+    }
+    int asked = 0;
+};
+
+struct Context final : IPluginResourceContext {
+    IGpuAllocator* getGpuAllocator() const noexcept override { return nullptr; }
+    IErrorRecorder* getErrorRecorder() const noexcept override { return nullptr; }
+};
+
+// Whether the output is told to be like the first input.
+bool outputs_fit(IPluginV3OneBuild& build, std::vector<PluginTensorDesc> const& tensors) {
+    const int32_t inputs = static_cast<int32_t>(tensors.size()) - 1;
+    std::vector<DataType> types;
+    std::vector<std::unique_ptr<Size>> sizes;
+    std::vector<DimsExprs> shapes(inputs);
+    for (int32_t i = 0; i < inputs; ++i) {
+        types.push_back(tensors[i].type);
+        shapes[i].nbDims = 4;
+        for (int32_t j = 0; j < 4; ++j) {
+            sizes.push_back(std::make_unique<Size>(tensors[i].dims.d[j]));
+            shapes[i].d[j] = sizes.back().get();
+        }
+    }
+    Builder builder;
+    DataType type{};
+    DimsExprs shape{};
+    if (build.getNbOutputs() != 1 || build.getOutputDataTypes(&type, 1, types.data(), inputs) ||
+        build.getOutputShapes(shapes.data(), inputs, nullptr, 0, &shape, 1, builder)) {
+        return false;
+    }
+    for (int32_t j = 0; j < 4; ++j) {
+        if (shape.d[j]->getConstantValue() != tensors[inputs].dims.d[j]) return false;
+    }
+    return shape.nbDims == 4 && builder.asked == 0 && type == tensors[inputs].type;
+}
+
+}  // namespace
+
+// Runs an operator through every stage of a plugin's life. Shapes are 4 numbers a tensor; types are
+// TensorRT's. Returns 0, the status of the kernel, or the number of the stage that went wrong.
+extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t heads, int32_t inputs,
+                    int32_t const* shapes, int32_t const* types, void const* const* in, void* out) {
+    IPluginCreatorV3One* creator = creator_of(name);
+    if (creator == nullptr) return -1;
+    const std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types);
+    const std::vector<DynamicPluginTensorDesc> ranges = ranges_of(tensors);
+
+    // Building: TensorRT works on clones, and asks each of them.
+    Sides read(nullptr);
+    {
+        Sides first = made(name, window, shift, heads);
+        if (first.plugin == nullptr) return -2;
+        const Sides clone(first.plugin->clone());
+        first.plugin.reset();
+        if (std::strcmp(clone.core->getPluginName(), name) != 0) return -3;
+        if (std::strcmp(clone.core->getPluginNamespace(), creator->getPluginNamespace())) return -4;
+        if (!outputs_fit(*clone.build, tensors)) return -5;
+        for (int32_t i = 0; i <= inputs; ++i) {
+            if (!clone.build->supportsFormatCombination(i, ranges.data(), inputs, 1)) return -6;
+        }
+        if (clone.build->configurePlugin(ranges.data(), inputs, &ranges[inputs], 1)) return -7;
+        if (clone.build->getWorkspaceSize(ranges.data(), inputs, &ranges[inputs], 1)) return -8;
+        if (clone.build->getNbTactics() != 0) return -9;
+        if (clone.runtime->onShapeChange(tensors.data(), inputs, &tensors[inputs], 1)) return -10;
+
+        // An engine keeps a copy of the fields, and a plugin is made of that.
+        PluginFieldCollection const* kept = clone.runtime->getFieldsToSerialize();
+        if (kept->nbFields != 1 || kept->fields[0].type != PluginFieldType::kINT32) return -11;
+        auto const* numbers = static_cast<int32_t const*>(kept->fields[0].data);
+        const std::vector<int32_t> copy(numbers, numbers + kept->fields[0].length);
+        const PluginField field(kept->fields[0].name, copy.data(), PluginFieldType::kINT32,
+                                static_cast<int32_t>(copy.size()));
+        const PluginFieldCollection fields{1, &field};
+        read = Sides(creator->createPlugin("node", &fields, TensorRTPhase::kRUNTIME));
+        if (read.plugin == nullptr) return -12;
+        char const* before = clone.build->getMetadataString();
+        if (std::strcmp(read.build->getMetadataString(), before) != 0) return -13;
+    }
+
+    // Running: every context has a clone of its own.
+    Context context;
+    const Sides attached(read.runtime->attachToContext(&context));
+    read.plugin.reset();
+    if (attached.plugin == nullptr) return -14;
+    if (attached.runtime->onShapeChange(tensors.data(), inputs, &tensors[inputs], 1)) return -15;
+    return run(tensors, in, out, [&](auto from, auto to, cudaStream_t stream) {
+        return attached.runtime->enqueue(tensors.data(), &tensors[inputs], from, to, nullptr,
+                                         stream);
+    });
+}
+
+// Whether a node with these attributes is refused; a negative number of heads is left out.
+extern "C" int refused(char const* name, int32_t window, int32_t shift, int32_t heads) {
+    return made(name, window, shift, heads).plugin == nullptr;
+}
+
+// Whether a plugin is refused that an engine holds as these numbers.
+extern "C" int unread(char const* name, int32_t const* numbers, int32_t count) {
+    const PluginField field("attributes", numbers, PluginFieldType::kINT32, count);
+    const PluginFieldCollection fields{1, &field};
+    IPluginV3* plugin = creator_of(name)->createPlugin("node", &fields, TensorRTPhase::kRUNTIME);
+    return Sides(plugin).plugin == nullptr;
+}
+
+// Whether shapes are refused, by a bit each: 1 while an engine is built, 2 while it runs.
+extern "C" int misfits(char const* name, int32_t inputs, int32_t const* shapes) {
+    const Sides sides = made(name, 8, 4, 2);
+    const std::vector<int32_t> types(inputs, 0);
+    const std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types.data());
+    const std::vector<DynamicPluginTensorDesc> ranges = ranges_of(tensors);
+    const int built = sides.build->configurePlugin(ranges.data(), inputs, &ranges[inputs], 1);
+    const int running =
+        sides.runtime->onShapeChange(tensors.data(), inputs, &tensors[inputs], 1);
+    return (built != 0) | (running != 0) << 1;
+}
+
+// Whether a tensor may be so, for each type of the first one, its own type and its own format:
+// `out` has a byte for each, the format innermost.
+extern "C" void formats(char const* name, int32_t inputs, int32_t position, int32_t types,
+                        int32_t formats, uint8_t* out) {
+    const Sides sides = made(name, 8, 4, 2);
+    std::vector<DynamicPluginTensorDesc> all(inputs + 1);
+    for (int32_t first = 0; first < types; ++first) {
+        for (int32_t own = 0; own < types; ++own) {
+            for (int32_t format = 0; format < formats; ++format) {
+                all[0].desc.type = static_cast<DataType>(first);
+                all[position].desc.type = static_cast<DataType>(own);
+                all[position].desc.format = static_cast<TensorFormat>(format);
+                *out++ = sides.build->supportsFormatCombination(position, all.data(), inputs, 1);
+            }
+        }
+    }
+}
+
+// The suffix by which kernel timings of a node are kept.
+extern "C" char const* timing_id(char const* name, int32_t window, int32_t shift, int32_t heads) {
+    static std::string text;
+    return (text = made(name, window, shift, heads).build->getTimingCacheID()).c_str();
+}
+
+// What the logger heard last.
+extern "C" char const* last_line() { return listener.last.c_str(); }
