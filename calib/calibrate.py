@@ -24,7 +24,7 @@ from calib.ranges import Progress, choose_ranges, count_magnitudes
 from calib.recipe import Recipe, choose_layers
 from calib.record import Record, load_record
 from calib.samples import Sample, digest_of, draw_samples, open_pictures
-from calib.sensitivity import Quality, decibel, measure_costs, measure_quality
+from calib.sensitivity import MOST_DB, Quality, decibel, measure_costs, measure_quality
 from calib.stages import StagedModel, open_session
 from calib.trials import LayerTrials
 from mat_export.contract import CALIBRATION_KEY, GraphSpec, UserError
@@ -76,8 +76,8 @@ class CalibrationOptions:
                 )
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"a seed is a whole number from 0 to 2**32 - 1, got {self.seed}")
-        if not 0.0 <= self.target_db <= 200.0:
-            raise UserError(f"a target is from 0 to 200 dB, got {self.target_db:g}")
+        if not 0.0 <= self.target_db <= MOST_DB:
+            raise UserError(f"a target is from 0 to {MOST_DB:g} dB, got {self.target_db:g}")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Calibration:
                 layer.name,
                 layer.kind,
                 "INT8" if layer.name in chosen else "half",
-                f"{decibel(cost(layer)):.1f}" if cost(layer) else "–",
+                f"{decibel(cost(layer)):.1f}" if self.record.costs else "–",
                 f"{100.0 * layer.flop / self.candidates.flop:.1f}",
                 f"{100.0 * layer.gain:.2f}",
                 self.record.ranges[layer.tensor].method,

@@ -97,7 +97,8 @@ def find_candidates(
         model: An FP32 graph of ours, resampling said densely.
         spec: What it takes.
         filters: Resampling filters and skips may be INT8 too. They move bytes and do little
-            else: it depends on the TensorRT whether they gain.
+            else, so it depends on the TensorRT whether they gain: RTX 1.7 makes dense groups of
+            a filter's channels (mat-tiny-256: a plan of 119 MB instead of 39).
 
     Raises:
         UserError: If the graph has no convolution to quantize, or it is quantized already.

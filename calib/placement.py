@@ -89,7 +89,7 @@ class _Placer:
     def _add_pair(self, tensor: str, scale: float) -> str:
         step = self._constant(f"{tensor}/scale", np.array(scale, np.float32))
         zero = self._constant(f"{tensor}/zero", np.array(0, np.int8))
-        integers, rounded = f"{tensor}/int8", f"{tensor}/rounded"
+        integers, rounded = f"{tensor}/int8", f"{tensor}/dequantized"
         self.nodes += [
             helper.make_node(
                 "QuantizeLinear", [tensor, step, zero], [integers], f"{tensor}/QuantizeLinear"
@@ -104,7 +104,7 @@ class _Placer:
         """The layer's weights: integers and a DQ node, or the numbers they stand for."""
         value = numpy_helper.to_array(self.weights[layer.weight])
         integers, scales = quantize_weight(value)
-        rounded = f"{layer.weight}/rounded"
+        rounded = f"{layer.weight}/dequantized"
         if self._fold:
             shape = (-1, *[1] * (value.ndim - 1))
             return self._constant(rounded, integers * scales.reshape(shape))

@@ -8,7 +8,6 @@ meet the target.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -76,8 +75,6 @@ class Recipe:
 
 def predicted_db(costs: Costs, layers: Collection[str]) -> float:
     """Mean PSNR in the hole with these layers in INT8, if their noises add up."""
-    if not layers:
-        return math.inf
     total = np.sum([costs[name] for name in sorted(layers)], axis=0)
     return float(np.mean([decibel(float(value)) for value in total]))
 
@@ -110,10 +107,10 @@ def choose_layers(
         else:
             failing = tried
     if meeting == len(choices):
-        best = max(measured.values(), key=lambda quality: quality.mean_db)
+        best = max(costs, key=lambda name: predicted_db(costs, [name]))
         raise UserError(
             f"no layer can be INT8 with {target_db:g} dB in the hole: the best that can be reached "
-            f"is {best.mean_db:.1f} dB"
+            f"is {predicted_db(costs, [best]):.1f} dB, with '{best}' alone"
         )
     return choices[meeting], measured[meeting]
 

@@ -23,16 +23,19 @@ from calib.stages import StagedModel, Values, open_session
 from calib.trials import LayerTrials
 from mat_export.parity import compare
 
-__all__ = ["Quality", "decibel", "measure_costs", "measure_quality", "noise"]
+__all__ = ["MOST_DB", "Quality", "decibel", "measure_costs", "measure_quality", "noise"]
 
+
+MOST_DB = 100.0
+"""Beyond this lies the rounding of FP32."""
 
 _SHOWN = 10
 """Progress is told before every so many layers."""
 
 
 def decibel(noise: float) -> float:
-    """PSNR of a noise, infinite for none."""
-    return math.inf if noise == 0.0 else -10.0 * math.log10(noise)
+    """PSNR of a noise, MOST_DB at most: a mean must not hang on one sample that is exact."""
+    return -10.0 * math.log10(max(noise, 10.0 ** (-MOST_DB / 10.0)))
 
 
 def noise(expected: NDArray[Any], actual: NDArray[Any], hole: NDArray[np.bool_]) -> float:

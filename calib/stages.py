@@ -42,8 +42,10 @@ def open_session(model: onnx.ModelProto, threads: int | None) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Of many sessions one is at work: the others' threads must not wait at full speed.
+    # Of many sessions one is at work: the others' threads must not wait at full speed, and their
+    # memory must be free.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_cpu_mem_arena = False
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

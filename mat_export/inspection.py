@@ -49,6 +49,7 @@ def _size(count: int) -> str:
 
 def _describe_onnx(file: Path) -> Facts:
     from mat_export.contract import OPERATOR_DOMAIN
+    from mat_export.engine_graph import calibration_of
     from mat_export.parity import load_onnx
 
     model = load_onnx(file)
@@ -66,8 +67,14 @@ def _describe_onnx(file: Path) -> Facts:
     }
     if spec is None:
         return {**facts, "graph": "not exported by mat-export"}
-    manifest = read_manifest(file)
-    return {**facts, **_describe_graph(spec), "manifest": "matches" if manifest else "none"}
+    facts |= _describe_graph(spec)
+    calibrated = calibration_of(model)
+    if calibrated is not None:
+        facts["calibration"] = (
+            f"{calibrated.get('layers')} layers in INT8, {calibrated.get('share', 0.0):.0%} of the "
+            f"convolutions' work, {calibrated.get('mean_db', 0.0):.1f} dB in the hole against FP32"
+        )
+    return {**facts, "manifest": "matches" if read_manifest(file) else "none"}
 
 
 def _describe_graph(spec: GraphSpec) -> Facts:

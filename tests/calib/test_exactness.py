@@ -136,7 +136,7 @@ def test_nodes_are_placed_by_tensorrts_rules(
             assert [a.i for a in node.attribute if a.name == "axis"] == [0]
     for candidate in candidates.all:
         node = next(n for n in placed.graph.node if n.name == candidate.name)
-        assert makers[node.input[list(node.input).index(f"{candidate.tensor}/rounded")]]
+        assert makers[node.input[list(node.input).index(f"{candidate.tensor}/dequantized")]]
         if candidate.weight:
             assert makers[node.input[1]].op_type == "DequantizeLinear"
 

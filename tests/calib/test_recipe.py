@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from calib.candidates import Candidate, Candidates
 from calib.recipe import Recipe, choose_layers, predicted_db
-from calib.sensitivity import Quality, decibel
+from calib.sensitivity import MOST_DB, Quality, decibel
 from mat_export.contract import UserError
 
 COSTS = {"cheap": (1e-6, 2e-6), "fair": (1e-5, 1e-5), "dear": (4e-4, 1e-4), "small": (3e-5, 3e-5)}
@@ -40,7 +39,11 @@ def test_noises_add_up() -> None:
     assert predicted_db(COSTS, ["fair"]) == pytest.approx(50.0)
     expected = (decibel(1.1e-5) + decibel(1.2e-5)) / 2
     assert predicted_db(COSTS, ["cheap", "fair"]) == pytest.approx(expected)
-    assert predicted_db(COSTS, []) == math.inf
+
+
+def test_one_exact_sample_does_not_make_a_mean() -> None:
+    assert decibel(0.0) == MOST_DB
+    assert predicted_db({"a": (0.0, 1e-4)}, ["a"]) == pytest.approx((MOST_DB + 40.0) / 2)
 
 
 @pytest.mark.parametrize("worse_by", [0.0, 2.0, -2.0])

@@ -271,7 +271,9 @@ def test_torch_compile_takes_the_forward_pass_as_one_graph(change: dict[str, str
     with torch.no_grad():
         pictures = compiled(**inputs)
     torch.compiler.reset()
-    assert same_bits(pictures, run(generator, inputs))
+    # The filters are other arithmetic in a graph: apart by rounding.
+    for picture, eager in zip(pictures, run(generator, inputs), strict=True):
+        assert (picture - eager).norm() < 1e-5 * eager.norm()
 
 
 def test_the_documented_numbers_of_parameters_are_those_of_the_networks() -> None:

@@ -529,7 +529,9 @@ def test_torch_compile_takes_the_training_forward_pass_as_one_graph(
     output, coarse = compiled(**inputs)
     assert len(graphs) == 1
     assert output.requires_grad
-    assert _same_bits((output, coarse), _run(generator, inputs))
+    # The filters are other arithmetic in a graph: apart by rounding.
+    for picture, eager in zip((output, coarse), _run(generator, inputs), strict=True):
+        assert _relative_error(picture.detach(), eager.detach()) < 1e-5
 
 
 @pytest.mark.usefixtures("graphs")
