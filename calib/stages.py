@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib.candidates import Candidate
 from mat_export.contract import UserError
-from mat_export.runners import reason_of
+from mat_export.runners import reason_of, session_options
 
 __all__ = ["PARTS", "StagedModel", "open_session"]
 
@@ -40,14 +40,11 @@ def open_session(model: onnx.ModelProto, threads: int | None) -> Any:
     """
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(threads)
     # Of many sessions one is at work: the others' threads must not wait at full speed, and their
     # memory must be free.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_cpu_mem_arena = False
-    if threads is not None:
-        options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]

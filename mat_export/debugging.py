@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 
 from mat_export.contract import STATE_PREFIX, UserError
 from mat_export.inlining import inline_functions
-from mat_export.runners import hold_half, reason_of
+from mat_export.runners import hold_half, reason_of, session_options
 
 __all__ = [
     "HEADINGS",
@@ -351,12 +351,9 @@ def run_onnxruntime(
     import onnxruntime as ort
 
     held = hold_half(model)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(threads)
     if held is not model:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if threads is not None:
-        options.intra_op_num_threads = threads
     try:
         session = ort.InferenceSession(
             held.SerializeToString(), options, providers=["CPUExecutionProvider"]

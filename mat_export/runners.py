@@ -32,6 +32,7 @@ __all__ = [
     "open_runner",
     "read_checkpoint",
     "reason_of",
+    "session_options",
 ]
 
 Arrays = dict[str, NDArray[Any]]
@@ -158,10 +159,7 @@ class OrtRunner(Closing):
 
         self._label = label or ("the model" if isinstance(model, bytes) else f"'{model}'")
         source = model if isinstance(model, bytes) else _existing_file(model)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options = session_options(threads)
         chosen = list(providers) if providers else _providers(ort.get_available_providers())
         held = _held(source, self._label) if stored_half and chosen[0] == _CPU else None
         if held is not None:
@@ -261,6 +259,21 @@ def hold_half(model: onnx.ModelProto) -> onnx.ModelProto:
     del result.graph.node[:], result.graph.value_info[:]
     result.graph.node.extend(nodes)
     return result
+
+
+def session_options(threads: int | None) -> Any:
+    """ONNX Runtime's options of a session: errors alone are logged.
+
+    Args:
+        threads: CPU threads within an operator, ONNX Runtime's choice if None.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
 
 
 def reason_of(error: Exception) -> str:

@@ -105,14 +105,14 @@ class Networks:
 
 def prepare(state: TrainingState, world: World) -> Networks:
     """The networks of a run, once for all of its steps."""
-    generator: nn.Module = StyledGenerator(state.generator, state.options.truncation)
+    options = state.options
+    generator: nn.Module = StyledGenerator(state.generator, options.truncation)
     discriminator: nn.Module = state.discriminator
     for network in (state.generator, state.discriminator):
         network.requires_grad_(True)
-    if state.options.compile:
+    if options.compile:
         generator, discriminator = map(_compiled, (generator, discriminator))
     synced = world.synced(generator), world.synced(discriminator)
-    options = state.options
     alone = world.size == 1 and options.accumulate == 1
     graphs = options.cuda_graphs and alone and state.device.type == "cuda"
     replayed: dict[str, Replayed] | None = {} if graphs else None
@@ -202,28 +202,27 @@ def _updates(
     state.discriminator.requires_grad_(False)
     scalars, w = _generator_gradients(state, networks, parts, perceptual)
     scalars, w, finite = _agree(state.generator, "gradient_generator", scalars, w, world)
+    _finish(state.generator_adam, finite, state.options.gradient_limit)
     if not finite:
-        state.generator_adam.zero_grad()
         return StepReport(scalars, skipped=True)
-    _update(state.generator_adam, state.options.gradient_limit)
     state.generator.mapping.track_average(w[None], state.options.w_avg_decay)
     state.track_ema(state.counters.images + state.options.batch)
     # The discriminator, on fresh fakes of the generator as it is now.
     state.discriminator.requires_grad_(True)
     mine = _discriminator_gradients(state, networks, parts)
     mine, _, finite = _agree(state.discriminator, "gradient_discriminator", mine, w[:0], world)
-    if finite:
-        _update(state.discriminator_adam, state.options.gradient_limit)
-    state.discriminator_adam.zero_grad()
+    _finish(state.discriminator_adam, finite, state.options.gradient_limit)
     return StepReport(scalars | mine, skipped=not finite)
 
 
-def _update(optimizer: Adam, limit: float | None) -> None:
-    if limit is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_value_(parameters, limit)
-    optimizer.step()
-    optimizer.zero_grad()  # gives the memory back
+def _finish(optimizer: Adam, finite: bool, limit: float | None) -> None:
+    """Take the gradients, if they are finite, and give their memory back."""
+    if finite:
+        if limit is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_value_(parameters, limit)
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 # -- gradients -------------------------------------------------------------------------------------
