@@ -46,6 +46,9 @@ class TrainingOptions:
         gradient_limit: Elements of gradients are cut to ± this; None, as published: they are not.
             At the start a few biases have gradients of 1e10 (tokens of empty windows have no
             length), and Adam's second moments remember one for thousands of steps.
+        warm_up: Images at the start without the discriminator: the generator learns from the
+            perceptual and reconstruction losses alone, at a third of a step's cost; 0, as
+            published: none.
         bf16: The networks' main passes under bfloat16 autocast; R1 stays in float32.
         max_skipped: Training stops once so many steps in a row were not finite.
         images: Length of the run in images.
@@ -84,6 +87,7 @@ class TrainingOptions:
     perceptual_weight: float = 0.1
     reconstruction_weight: float = 0.0
     gradient_limit: float | None = None
+    warm_up: int = 0
     bf16: bool = True
     # -- how it is computed and watched ------------------------------------------------------------
     max_skipped: int = _free(20)
@@ -118,6 +122,11 @@ class TrainingOptions:
             raise TrainingError(f"betas is a pair (β₁, β₂), got {self.betas!r}")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise TrainingError(f"betas are in [0, 1), got {self.betas}")
+        if self.warm_up and not self.perceptual_weight + self.reconstruction_weight:
+            raise TrainingError(
+                f"a warm-up of {self.warm_up} images has nothing to learn from: "
+                "give perceptual_weight or reconstruction_weight"
+            )
         self.micro_batch(1)
 
     def micro_batch(self, world: int) -> int:
@@ -188,6 +197,7 @@ _WHOLE = (
     ("seed", 0, 2**63 - 1),
     ("batch", 1, 2**20),
     ("r1_interval", 1, 2**20),
+    ("warm_up", 0, 2**50),
     ("max_skipped", 1, 2**20),
     ("images", 1, 2**50),
     ("accumulate", 1, 2**20),
@@ -215,17 +225,20 @@ _REAL = (
 TRAINING_PRESETS: dict[str, TrainingOptions] = {
     # As published for Places; CelebA-HQ took 25 M images.
     "published": TrainingOptions(PRESETS["mat-512"]),
-    # Some GPU-hours for the small network: twice the rate for a network a twentieth of the size, a
-    # gentler R1, as Karras et al. (2020) take at this size, an average that is short at first, and
-    # a reconstruction loss, for the first thousands of steps. Chosen, not searched for.
+    # Minutes to hours of one GPU for the small network: twice the rate for a network a twentieth of
+    # the size, many small steps, a gentler R1, as Karras et al. (2020) take at this size, an
+    # average that is short at first, and for the first thousands of steps heavier losses against
+    # the photograph, alone to begin with. Chosen, not searched for.
     "small": TrainingOptions(
         PRESETS["mat-tiny-256"],
+        batch=16,
         learning_rate=2e-3,
         ema_ramp_up=0.05,
         r1_gamma=2.0,
-        perceptual_weight=0.5,
+        perceptual_weight=2.0,
         reconstruction_weight=3.0,
         gradient_limit=1.0,
+        warm_up=40_000,
         images=2_000_000,
         compile=True,
         cuda_graphs=True,

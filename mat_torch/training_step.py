@@ -134,7 +134,7 @@ class StepReport:
     Attributes:
         scalars: Means over the step's images by name: ``loss_generator``, ``loss_discriminator``,
             ``perceptual``, ``reconstruction`` and ``r1`` where they were computed, and the
-            gradients' norms.
+            gradients' norms. While warming up nothing of the discriminator is among them.
         skipped: Whether an update was left out, for a loss or gradient was not finite.
     """
 
@@ -160,7 +160,7 @@ def train_step(
     perceptual: Perceptual | None = None,
     world: World | None = None,
 ) -> StepReport:
-    """Update the generator, its average and then the discriminator; count the step.
+    """Update the generator, its average and, once warm, the discriminator; count the step.
 
     An update whose losses or gradients are not finite in any process is left out in all of them.
 
@@ -207,12 +207,18 @@ def _updates(
         return StepReport(scalars, skipped=True)
     state.generator.mapping.track_average(w[None], state.options.w_avg_decay)
     state.track_ema(state.counters.images + state.options.batch)
+    if _warming_up(state):
+        return StepReport(scalars, skipped=False)
     # The discriminator, on fresh fakes of the generator as it is now.
     state.discriminator.requires_grad_(True)
     mine = _discriminator_gradients(state, networks, parts)
     mine, _, finite = _agree(state.discriminator, "gradient_discriminator", mine, w[:0], world)
     _finish(state.discriminator_adam, finite, state.options.gradient_limit)
     return StepReport(scalars | mine, skipped=not finite)
+
+
+def _warming_up(state: TrainingState) -> bool:
+    return state.counters.images < state.options.warm_up
 
 
 def _finish(optimizer: Adam, finite: bool, limit: float | None) -> None:
@@ -231,12 +237,12 @@ def _finish(optimizer: Adam, finite: bool, limit: float | None) -> None:
 def _generator_gradients(
     state: TrainingState, networks: Networks, parts: list[_Part], perceptual: Perceptual | None
 ) -> tuple[dict[str, Any], Tensor]:
-    """``∇[E softplus(−D(G)) + λ·perceptual + μ·reconstruction]``.
+    """``∇[E softplus(−D(G)) + λ·perceptual + μ·reconstruction]``, the first once warm.
 
     Returns the means of the terms, and of w.
     """
     options = state.options
-    weights = {"loss_generator": 1.0}
+    weights = {} if _warming_up(state) else {"loss_generator": 1.0}
     if perceptual is not None and options.perceptual_weight > 0.0:
         weights["perceptual"] = options.perceptual_weight
     if options.reconstruction_weight > 0.0:
@@ -245,7 +251,9 @@ def _generator_gradients(
     def work(network: nn.Module, image: Tensor, mask: Tensor, *draws: Tensor) -> list[Tensor]:
         with _autocast(state):
             output, coarse, w = _generate(state, network, image, mask, draws)
-            terms = [generator_loss(*networks.discriminator(output, coarse, mask))]
+            terms = []
+            if "loss_generator" in weights:
+                terms.append(generator_loss(*networks.discriminator(output, coarse, mask)))
             if perceptual is not None and "perceptual" in weights:
                 terms.append(perceptual(output, image))
             if "reconstruction" in weights:
@@ -259,7 +267,7 @@ def _generator_gradients(
         network = networks.generator_synced if part.last else networks.generator
         inputs = (part.image, part.mask, *_draws(state, part, "generator"))
         own = partial(work, network)
-        results.append(networks.compute("generator", state.generator, own, inputs))
+        results.append(networks.compute("+".join(weights), state.generator, own, inputs))
     means, w_mean = _sums(results)
     return dict(zip(weights, means, strict=True)), w_mean
 

@@ -128,6 +128,7 @@ def test_the_defaults_are_the_published_values() -> None:
         ({"learning_rate": float("nan")}, "learning_rate is a number"),
         ({"betas": (0.0, 1.0)}, "betas are in"),
         ({"betas": 0.9}, "betas is a pair"),
+        ({"warm_up": 8, "perceptual_weight": 0.0}, "a warm-up of 8 images has nothing to learn"),
         ({"config": "mat-512"}, "config is a GeneratorConfig, got str"),
     ],
 )
@@ -321,13 +322,17 @@ def test_replayed_steps_are_the_same_steps() -> None:
         run()
         return run
 
-    states = [seasoned_state(options(r1_interval=2, perceptual_weight=0.1)) for _ in range(2)]
+    settings = options(r1_interval=2, perceptual_weight=0.1, warm_up=4)
+    states = [seasoned_state(settings) for _ in range(2)]
     plain, replayed = (prepare(state, World(device=state.device)) for state in states)
-    recorded = {"generator": Replayed(states[1].generator.parameters(), record)}
+    recorded = {
+        name: Replayed(states[1].generator.parameters(), record)
+        for name in ("perceptual", "loss_generator+perceptual")
+    }
     for name in ("loss_discriminator", "loss_discriminator+r1"):
         recorded[name] = Replayed(states[1].discriminator.parameters(), record)
     replayed = replace(replayed, replayed=recorded)
-    for first in (0, 4, 8, 12):
+    for first in (0, 4, 8, 12, 16):
         batch = batch_of([*range(first, first + 4)])
         one, other = (
             train_step(state, networks, batch, perceptual=l1)
@@ -360,6 +365,23 @@ def test_a_step_updates_every_parameter_and_leaves_the_callers_randomness_alone(
     assert (state.counters.images, state.counters.steps, state.counters.skipped) == (4, 1, 0)
     for network in (state.generator, state.discriminator):
         assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_warming_up_leaves_the_discriminator_alone_until_its_images_are_through() -> None:
+    state = seasoned_state(
+        options(warm_up=8, perceptual_weight=0.5, reconstruction_weight=2.0, r1_interval=1)
+    )
+    generator, discriminator = _copies(state.generator), _copies(state.discriminator)
+    for _ in range(2):
+        report = _step(state, perceptual=l1)
+        assert report.scalars.keys() == {"perceptual", "reconstruction", "gradient_generator"}
+        assert not report.skipped
+    assert {"mapping.w_avg", "synthesis.to_square.weight"} <= _changed(state.generator, generator)
+    assert not _changed(state.discriminator, discriminator)
+    report = _step(state, perceptual=l1)
+    assert {"loss_generator", "loss_discriminator", "r1"} <= report.scalars.keys()
+    assert _changed(state.discriminator, discriminator) == discriminator.keys()
+    assert (state.counters.images, state.counters.steps) == (12, 3)
 
 
 def test_gradients_are_cut_to_their_limit_before_adam_sees_them() -> None:
