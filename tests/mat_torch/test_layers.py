@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -627,6 +628,39 @@ def test_a_block_off_its_native_grid_makes_the_regions_of_the_grid_it_gets() -> 
 def test_a_token_of_zero_is_no_division_by_zero() -> None:
     block = _randomised(Block(6, 2, window=4, shift=0, grid=4))
     assert bool(block(torch.zeros(1, 4, 4, 6))[0].isfinite().all())
+
+
+# -- derivatives -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("padding", "stride", "side"), [(1, 1, 6), (2, 1, 7), (1, 2, 8), (1, 2, 9)]
+)
+def test_a_filters_first_and_second_derivatives_are_those_of_the_convolution(
+    padding: int, stride: int, side: int
+) -> None:
+    x = _random(2, 3, side, side + 1).double().requires_grad_()
+
+    def filtered(x: Tensor) -> Tensor:
+        return blur(x, fir_kernel(), padding, stride)
+
+    weight = fir_kernel().double().expand(3, 1, 4, 4)
+    torch.testing.assert_close(
+        filtered(x), F.conv2d(x, weight, padding=padding, stride=stride, groups=3)
+    )
+    assert torch.autograd.gradcheck(filtered, x)
+    # R1 differentiates twice; a nonlinearity, so that the second derivative is not zero.
+    assert torch.autograd.gradgradcheck(lambda x: filtered(x).square(), x)
+
+
+def test_under_autocast_a_filter_of_float32_has_float32_gradients() -> None:
+    x = _random(1, 2, 6, 6).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = blur(x, fir_kernel(), 1)
+    assert y.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient[0, 0, 3, 3], torch.ones(()), atol=0.02, rtol=0.0)
 
 
 # -- compiled --------------------------------------------------------------------------------------
