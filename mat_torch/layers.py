@@ -51,10 +51,20 @@ def lrelu(x: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off on x's device, for what 16 bits do not carry: sums of squares, RGB, logits."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
+    if _is_autocast(x):
+        return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def _is_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _is_differentiated(*tensors: Tensor) -> bool:
+    """Whether autograd records this, and no compiler or exporter looks on."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return recorded and not torch.compiler.is_compiling()
 
 
 def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
@@ -82,7 +92,7 @@ def blur(x: Tensor, kernel: Tensor, padding: int, stride: int = 1) -> Tensor:
     if torch.compiler.is_dynamo_compiling():
         return _blur_by_sums(x, kernel, padding, stride)
     weight = _depthwise(kernel, x)
-    if x.requires_grad and torch.is_grad_enabled():
+    if _is_differentiated(x):
         filtered: Tensor = _Filter.apply(x, weight, stride, padding)  # type: ignore[no-untyped-call]
         return filtered
     return F.conv2d(x, weight, stride=stride, padding=padding, groups=x.shape[1])
@@ -146,6 +156,90 @@ class _Spread(torch.autograd.Function):
         return filtered, None, None, None, None
 
 
+class _Product(torch.autograd.Function):
+    """A convolution of x [B, in, H, W] by w [out, in, k, k] that is cheap to differentiate twice.
+
+    It is bilinear, and so are its two derivatives: each of the three has the other two for its own.
+    PyTorch's second derivative takes the gradient of the weights as a convolution with a kernel as
+    large as the map: 233 of the 340 ms that R1 costs (mat-tiny-256, a batch of 16, H200).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.how = stride, padding
+        return F.conv2d(x, weight, stride=stride, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (gradient,) = ctx.saved_tensors, gradients
+        to_x, to_weight = ctx.needs_input_grad[:2]
+        x_gradient = _ToInput.apply(gradient, weight, x, *ctx.how) if to_x else None  # type: ignore[no-untyped-call]
+        weight_gradient = _ToWeight.apply(gradient, x, weight, *ctx.how) if to_weight else None  # type: ignore[no-untyped-call]
+        return x_gradient, weight_gradient, None, None
+
+
+def _derivative(
+    y: Tensor, x: Tensor, weight: Tensor, how: Sequence[int], *, of_input: bool
+) -> Tensor:
+    """``∂⟨y, x ∗ w⟩/∂x`` or ``∂⟨y, x ∗ w⟩/∂w``; the other's values do not matter."""
+    stride, padding = how
+    gradients = torch.ops.aten.convolution_backward(
+        *(y, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1),
+        [of_input, not of_input, False],
+    )
+    derivative: Tensor = gradients[0 if of_input else 1]
+    return derivative
+
+
+class _ToInput(torch.autograd.Function):
+    """A product's derivative by x: bilinear in y and w; x gives the shape alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor, x: Tensor, stride: int, padding: int
+    ) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        ctx.how = stride, padding
+        return _derivative(y, x, weight, ctx.how, of_input=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (y, weight), (gradient,) = ctx.saved_tensors, gradients
+        to_y = _Product.apply(gradient, weight, *ctx.how)  # type: ignore[no-untyped-call]
+        to_weight = _ToWeight.apply(y, gradient, weight, *ctx.how)  # type: ignore[no-untyped-call]
+        return to_y, to_weight, None, None, None
+
+
+class _ToWeight(torch.autograd.Function):
+    """A product's derivative by w: bilinear in y and x; w gives the shape alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int
+    ) -> Tensor:
+        ctx.save_for_backward(y, x)
+        ctx.how = stride, padding
+        return _derivative(y, x, weight, ctx.how, of_input=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (y, x), (gradient,) = ctx.saved_tensors, gradients
+        to_y = _Product.apply(x, gradient, *ctx.how)  # type: ignore[no-untyped-call]
+        to_x = _ToInput.apply(y, gradient, x, *ctx.how)  # type: ignore[no-untyped-call]
+        return to_y, to_x, None, None, None
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, groups: int = 1
+) -> Tensor:
+    """``F.conv2d``; in full precision one whose second derivative is cheap, which R1 takes."""
+    if groups > 1 or _is_autocast(x) or not _is_differentiated(x, weight):
+        return F.conv2d(x, weight, stride=stride, padding=padding, groups=groups)
+    product: Tensor = _Product.apply(x, weight, stride, padding)  # type: ignore[no-untyped-call]
+    return product
+
+
 # Compiled, the filter is sums of shifted copies, rows and columns apart: they fuse with what is
 # around them. cuDNN's depthwise convolutions took a third of a training step (H200, bfloat16).
 
@@ -207,12 +301,12 @@ def resampled_conv(
     """
     k = weight.shape[-1]
     if kernel is None:
-        return F.conv2d(x, weight, padding=k // 2, groups=groups)
+        return _convolve(x, weight, padding=k // 2, groups=groups)
     if up == 2:
         return _up_conv(x, weight, kernel, groups)
     if k == 1:
-        return F.conv2d(blur(x, kernel, padding=1, stride=2), weight, groups=groups)
-    return F.conv2d(blur(x, kernel, padding=2), weight, stride=2, groups=groups)
+        return _convolve(blur(x, kernel, padding=1, stride=2), weight, groups=groups)
+    return _convolve(blur(x, kernel, padding=2), weight, stride=2, groups=groups)
 
 
 # -- plain layers ----------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from mat_torch.layers import (
     PartialConv,
     StyleConv,
     ToRGB,
+    _convolve,
     blur,
     fir_kernel,
     lrelu,
@@ -651,6 +652,23 @@ def test_a_filters_first_and_second_derivatives_are_those_of_the_convolution(
     assert torch.autograd.gradcheck(filtered, x)
     # R1 differentiates twice; a nonlinearity, so that the second derivative is not zero.
     assert torch.autograd.gradgradcheck(lambda x: filtered(x).square(), x)
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "stride"), [(1, 0, 1), (3, 1, 1), (3, 0, 2), (1, 0, 2)]
+)
+def test_a_convolutions_first_and_second_derivatives_are_those_of_pytorch(
+    size: int, padding: int, stride: int
+) -> None:
+    x = _random(2, 3, 5, 6).double().requires_grad_()
+    weight = _random(4, 3, size, size, seed=1).double().requires_grad_()
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return _convolve(x, weight, stride=stride, padding=padding)
+
+    assert torch.equal(product(x, weight), F.conv2d(x, weight, stride=stride, padding=padding))
+    assert torch.autograd.gradcheck(product, (x, weight))
+    assert torch.autograd.gradgradcheck(product, (x, weight))
 
 
 def test_under_autocast_a_filter_of_float32_has_float32_gradients() -> None:
