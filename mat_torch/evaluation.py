@@ -312,7 +312,7 @@ def _pooled(features: PooledFeatures, images: Array) -> Array:
 def _perceptual(maps: MapFeatures, real: Array, mask: Array, fakes: Sequence[Array]) -> Rows:
     import torch
 
-    from mat_torch.features import pairwise_perceptual, perceptual_distance
+    from mat_torch.perceptual import pairwise_perceptual, perceptual_distance
 
     with torch.inference_mode():
         x, keep, *answers = (

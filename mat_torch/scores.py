@@ -63,9 +63,9 @@ class Scores:
         ssim, ssim_whole: Mean SSIM.
         l1, l1_whole: Mean absolute difference, 0 to 1 of the range.
         perceptual, perceptual_whole: Mean unweighted perceptual distance
-            (`features.perceptual_distance`).
+            (`perceptual.perceptual_distance`).
         diversity: Mean perceptual distance between answers to the same picture, in the hole
-            (`features.pairwise_perceptual`).
+            (`perceptual.pairwise_perceptual`).
         feature_diversity: Likewise of the set metrics' features (`metrics.pairwise_diversity`).
     """
 

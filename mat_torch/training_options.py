@@ -42,6 +42,8 @@ class TrainingOptions:
         truncation: ψ while training.
         w_avg_decay: Decay of the average w a step.
         perceptual_weight: Of the perceptual loss; 0 does without it.
+        gram_weight: Of Gram matrices within the perceptual loss, which ask for texture; 0, as
+            published, does without them.
         reconstruction_weight: Of both stages' absolute error; 0, as published, does without it.
         gradient_limit: Elements of gradients are cut to ± this; None, as published: they are not.
             At the start a few biases have gradients of 1e10 (tokens of empty windows have no
@@ -85,6 +87,7 @@ class TrainingOptions:
     truncation: float = 0.5
     w_avg_decay: float = 0.995
     perceptual_weight: float = 0.1
+    gram_weight: float = 0.0
     reconstruction_weight: float = 0.0
     gradient_limit: float | None = None
     warm_up: int = 0
@@ -218,6 +221,7 @@ _REAL = (
     ("truncation", 1.0),
     ("w_avg_decay", 1.0),
     ("perceptual_weight", math.inf),
+    ("gram_weight", math.inf),
     ("reconstruction_weight", math.inf),
     ("gradient_limit", math.inf),
 )
@@ -236,7 +240,8 @@ TRAINING_PRESETS: dict[str, TrainingOptions] = {
         ema_ramp_up=0.05,
         r1_gamma=2.0,
         perceptual_weight=2.0,
-        reconstruction_weight=3.0,
+        gram_weight=4.0,
+        reconstruction_weight=2.0,
         gradient_limit=1.0,
         warm_up=40_000,
         images=2_000_000,

@@ -98,12 +98,15 @@ def run_training(
         sampler = CountingSampler(start, options.batch // world, rank, world)
         return loader(dataset, sampler, workers=data.workers)
 
+    make_perceptual = None
+    if options.perceptual_weight:
+        make_perceptual = _perceptual(vgg, options.gram_weight, report)
     try:
         return train(
             options,
             make_loader,
             Path(folder),
-            make_perceptual=_perceptual(vgg, report) if options.perceptual_weight else None,
+            make_perceptual=make_perceptual,
             resume=resume,
             device=device,
             report=report,
@@ -115,13 +118,14 @@ def run_training(
 
 
 def _perceptual(
-    vgg: str | os.PathLike[str] | None, report: Callable[[str], None]
+    vgg: str | os.PathLike[str] | None, gram_weight: float, report: Callable[[str], None]
 ) -> Callable[[torch.device], Perceptual]:
     """Makes the perceptual loss; its weights are read now, so that a wrong file is told at once."""
-    from mat_torch.features import EfficientNetLite0Features, PerceptualLoss, VGG19Features
+    from mat_torch.features import EfficientNetLite0Features, VGG19Features
+    from mat_torch.perceptual import PerceptualLoss
 
     backbone = EfficientNetLite0Features.load() if vgg is None else VGG19Features.load(vgg)
-    loss = PerceptualLoss(backbone)
+    loss = PerceptualLoss(backbone, gram_weight=gram_weight)
     report(f"perceptual loss: {loss.name}" + ("" if vgg else " (the published one is VGG-19)"))
     return lambda device: loss.to(device)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from skimage import data as skimage_data
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
@@ -22,13 +23,11 @@ from mat_torch.features import (
     FeatureError,
     InceptionFeatures,
     MapFeatures,
-    PerceptualLoss,
     VGG19Features,
     open_features,
-    pairwise_perceptual,
-    perceptual_distance,
     read_weights,
 )
+from mat_torch.perceptual import PerceptualLoss, pairwise_perceptual, perceptual_distance
 
 photographs: Any = skimage_data
 
@@ -352,6 +351,25 @@ def test_the_published_loss_weighs_the_two_layers() -> None:
     means = {name: (x[name] - y[name]).abs().mean() for name in ("conv4_4", "conv5_4")}
     torch.testing.assert_close(loss(a, b), means["conv4_4"] / 4 + means["conv5_4"] / 2)
     assert loss.name == "VGG-19"
+
+
+def test_gram_matrices_ask_for_texture_wherever_it_is(lite0: EfficientNetLite0Features) -> None:
+    photo = cat()[..., 64:192, 64:192]
+    blurred = F.avg_pool2d(photo, 9, stride=1, padding=4, count_include_pad=False)
+    moved = photo.roll(16, dims=3)  # the same texture elsewhere
+    losses = [PerceptualLoss(lite0, gram_weight=weight) for weight in (0.0, 4.0)]
+    places, both = ([float(loss(x, photo)) for x in (blurred, moved)] for loss in losses)
+    grams = [b - a for a, b in zip(places, both, strict=True)]
+    assert places[0] < places[1]
+    assert grams[0] > 2.0 * grams[1] > 0.0
+    # By the equation, for one layer.
+    loss = PerceptualLoss(lite0, {"stage2": 1.0}, gram_weight=3.0)
+    x, y = (lite0.maps(picture)["stage2"][0].double().flatten(1) for picture in (blurred, photo))
+    gram = (x @ x.T - y @ y.T).abs().mean() / x.shape[1] / y.square().mean().sqrt()
+    expected = (x - y).abs().mean() + 3.0 * gram
+    torch.testing.assert_close(loss(blurred, photo).double(), expected, rtol=1e-4, atol=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(blurred, photo).dtype == torch.float32
 
 
 def test_the_loss_leads_a_picture_to_its_target(lite0: EfficientNetLite0Features) -> None:
