@@ -5,10 +5,11 @@
     python benchmarks/quality.py PHOTOGRAPHS -o OUT --curve SNAPSHOT… [--count 500]
 
 Four methods fill the same holes in the same seeded crops: the model, its network with untrained
-weights, and OpenCV's two classical methods. The features are EfficientNet-Lite0's, so that the
-distance is no FID. OUT is a folder: ``quality.json`` and ``quality.md`` are written there, and
-``rows/`` keeps what was measured, so that a run that was cut goes on, on another machine too. Exit
-code 1 if a bar is missed.
+weights, and OpenCV's two classical methods; below them stand yardsticks, the photograph itself
+blurred in the hole. The features are EfficientNet-Lite0's, so that the distance is no FID. OUT is a
+folder: ``quality.json`` and ``quality.md`` are written there, and ``rows/`` keeps what was
+measured, so that a run that was cut goes on, on another machine too. Exit code 1 if a bar is
+missed.
 
 With ``--curve`` the averaged generators of a training run are measured instead (checkpoints of
 ``mat-export train`` or exports of them, the images they had seen in their names) and ``curve.json``
@@ -27,6 +28,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,12 @@ from mat_export.files import atomic_path, atomic_write, require_folder
 from mat_export.runners import TorchRunner, read_checkpoint
 from mat_export.shipped import shipped_model
 from mat_torch import Checkpoint, random_checkpoint
-from mat_torch.evaluation import Fill, measure, opencv_fill
+from mat_torch.evaluation import Array, Fill, answer_seed, measure, opencv_fill
 from mat_torch.features import EfficientNetLite0Features, FeatureError
 from mat_torch.scores import Evaluation, EvaluationError, Rows, comparison_table, summarise
+
+BLURS = (1.0, 3.0)
+"""Of the yardsticks: σ in pixels."""
 
 CHUNK = 64
 """Crops measured between two saves."""
@@ -166,6 +171,22 @@ class Bench:
         runner = TorchRunner(checkpoint, device=self.arguments.device)
         return runner_fill(runner, truncation=self.arguments.truncation)
 
+    def blurred_fill(self, sigma: float) -> Fill:
+        """No method: the photograph under the hole, blurred. It says what a distance means."""
+        import cv2
+
+        seed = self.arguments.seed
+        numbers = {answer_seed(seed, i): i for i in range(len(self.data))}
+
+        def fill(image: Array, _mask: Array, seeds: Sequence[int]) -> Array:
+            blurred = np.empty_like(image)
+            for i, number in enumerate(numbers[key] for key in seeds):
+                for plane, truth in zip(blurred[i], self.data.picture(number), strict=True):
+                    cv2.GaussianBlur(truth, (0, 0), sigma, dst=plane)
+            return blurred
+
+        return fill
+
     def measured(
         self,
         name: str,
@@ -234,6 +255,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         name: (lambda: bench.model_fill(checkpoint), arguments.answers, checkpoint.digest),
         UNTRAINED: (lambda: bench.model_fill(untrained), 1, untrained.digest),
     }
+    for sigma in BLURS:
+        methods[f"photograph, blurred {sigma:g}"] = (partial(bench.blurred_fill, sigma), 1, "")
     rows, found = {}, {}
     with tracker("quality") as progress:
         for method, (fill, answers, digest) in methods.items():
@@ -241,7 +264,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             found[method] = bench.summary(method, rows[method], answers)
         progress("done", len(bench.data), len(bench.data))
     asked = bars(found[name], found[UNTRAINED], [found[TELEA], found[STOKES]])
-    order = (name, UNTRAINED, TELEA, STOKES)
+    yardsticks = [method for method in methods if method not in (name, UNTRAINED, TELEA, STOKES)]
+    order = (name, UNTRAINED, TELEA, STOKES, *yardsticks)
     return {
         "model": {"name": name, "digest": checkpoint.digest},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -277,7 +301,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{settings['masks']} masks, FP32, ψ = {settings['truncation']:g}. What features are "
         "compared with are the same crops before their holes were cut. "
         f"'{UNTRAINED}' is the same network with random weights (seed 0). Diversity is the mean "
-        f"perceptual distance in the hole between {methods[0].answers} answers."
+        f"perceptual distance in the hole between {methods[0].answers} answers. The last two are "
+        "yardsticks: the photograph itself, blurred in the hole, σ in pixels."
     )
     lines = ["| bar | found | asked | |", "|---|--:|--:|---|"]
     for bar in report["bars"]:

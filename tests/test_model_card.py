@@ -66,10 +66,10 @@ def test_sections_are_made_from_the_files_that_they_name(
     assert "| some-photos | 1.0 | 1 | 1 | 1 | CC0-1.0, GPL-2+ |" in once
     assert "Not trained yet." in once
     full = script.rendered(once, {"training": "run.json"})
-    assert "1,234 images in 40 steps of 32, 1 of them skipped; 1.5 hours" in full
+    assert "1,234 images in 40 steps of 16, 1 of them skipped; 1.5 hours" in full
     assert "mat-export train --data pictures -o run" in full
     assert "| `learning_rate` | 0.002 | 0.001 |" in full
-    assert "`batch`" not in full  # as published
+    assert "`eps`" not in full  # as published
     assert script.rendered(full) == full
     assert script.sources(full) == {"data": "photographs.json", "training": "run.json"}
     assert full.startswith("before\n")

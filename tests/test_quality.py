@@ -98,7 +98,10 @@ def test_methods_are_measured_and_rows_are_kept(
     assert script.main(words) == 1  # an untrained model meets no bar
     report = json.loads((tmp_path / "quality.json").read_text())
     names = ["test-128", "untrained", "Telea", "Navier-Stokes"]
-    assert [method["name"] for method in report["methods"]] == names
+    blurred = ["photograph, blurred 1", "photograph, blurred 3"]
+    assert [method["name"] for method in report["methods"]] == [*names, *blurred]
+    distances = [method["overall"]["frechet"] for method in report["methods"]]
+    assert 0.0 < distances[4] < distances[5] < min(distances[:4])
     assert report["passed"] is False
     assert len(report["crops"]["perceptual"]) == 6
     assert report["methods"][0]["overall"]["diversity"] > 0.0
