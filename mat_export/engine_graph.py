@@ -23,6 +23,7 @@ from mat_export.contract import (
     UserError,
     mask_state_names,
 )
+from mat_export.epilogues import fuse_epilogues
 from mat_export.functions import function_library
 from mat_export.fusing import compute_biases
 from mat_export.inlining import inline_functions
@@ -100,6 +101,7 @@ def prepare_engine_graph(
     opset: int,
     mask_states: bool = False,
     plugins: bool = False,
+    epilogues: bool = True,
 ) -> EngineGraph:
     """Prepare an exported model for a TensorRT backend.
 
@@ -110,6 +112,8 @@ def prepare_engine_graph(
         mask_states: Give the masks of stage one as outputs too, for a parity check.
         plugins: Leave PLUGIN_OPERATORS to a plugin library: the graph calls them, and nothing in
             it says what they do. Their masks are INT32.
+        epilogues: With plugins, fuse what stands between convolutions into FusedEpilogue too;
+            quick plugins have no kernel for it.
 
     Raises:
         UserError: If there is no such file, it is not ours, not in the precision
@@ -123,6 +127,7 @@ def prepare_engine_graph(
         opset=opset,
         mask_states=mask_states,
         plugins=plugins,
+        epilogues=epilogues,
         label=f"'{path}'",
     )
 
@@ -134,6 +139,7 @@ def prepare_model(
     opset: int,
     mask_states: bool = False,
     plugins: bool = False,
+    epilogues: bool = True,
     label: str = "the model",
 ) -> EngineGraph:
     """`prepare_engine_graph` of a loaded model."""
@@ -165,14 +171,15 @@ def prepare_model(
         dense = typed.model
     if precision == "int8":
         passes["quantized"] = sum(node.op_type == "QuantizeLinear" for node in dense.graph.node)
-    if plugins:
-        calls = Counter(node.op_type for node in dense.graph.node)
-        passes["plugins"] = {name: calls[name] for name in sorted(PLUGIN_OPERATORS)}
-        del dense.functions[:]
     if mask_states:
         passes["mask_states"] = _give_mask_states(dense, spec)
     if plugins:  # behind the mask states, which are read beside the calls
+        if epilogues:
+            fuse_epilogues(dense)
+        calls = Counter(node.op_type for node in dense.graph.node)
+        passes["plugins"] = {name: calls[name] for name in sorted(PLUGIN_OPERATORS)}
         passes["plugin_mask_casts"] = masks_as_integers(dense.graph)
+        del dense.functions[:]
     spec = spec.with_changes(precision=precision)
     spec.write_to(dense)
     passes["opset"] = next(o.version for o in dense.opset_import if o.domain == "")

@@ -24,6 +24,8 @@ from mat_torch.config import DEMODULATION_EPS, LRELU_SLOPE, MASKED_LOGIT
 
 __all__ = [
     "ATTENTION",
+    "EPILOGUE",
+    "EPILOGUE_PARTS",
     "FUSE_MLP",
     "LEAST_STYLE",
     "PROPAGATION",
@@ -40,6 +42,11 @@ PROPAGATION = "MaskPropagation"
 QUERY_KEY_VALUE = "QueryKeyValue"
 FUSE_MLP = "FuseMlp"
 STYLE_SCALES = "StyleScales"
+EPILOGUE = "FusedEpilogue"
+
+EPILOGUE_PARTS = ("scale", "noise", "bias", "ratio", "skip", "style")
+"""What may follow the map of a FusedEpilogue, in order. That operator has no function, since its
+inputs differ from call to call: ``epilogues.py`` makes it of standard operators, and back."""
 
 LEAST_STYLE = 1e-12
 """A style's largest magnitude counts as no less than this."""

@@ -11,11 +11,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from mat_export.contract import OPERATOR_DOMAIN
-from mat_export.functions import ATTENTION, PROPAGATION, UNMASKED_ATTENTION
+from mat_export.functions import ATTENTION, EPILOGUE, PROPAGATION, UNMASKED_ATTENTION
 
 __all__ = ["PLUGIN_OPERATORS", "masks_as_integers"]
 
-PLUGIN_OPERATORS = frozenset((ATTENTION, UNMASKED_ATTENTION, PROPAGATION))
+PLUGIN_OPERATORS = frozenset((ATTENTION, UNMASKED_ATTENTION, PROPAGATION, EPILOGUE))
 """The operators that a plugin library has kernels for."""
 
 _MASK_INPUT = {ATTENTION: 3, PROPAGATION: 0}

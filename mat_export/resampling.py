@@ -25,10 +25,11 @@ from onnx import helper, numpy_helper
 
 from mat_export.inlining import write_graph
 
-__all__ = ["resample_densely"]
+__all__ = ["FILTER", "resample_densely"]
 
 _DOUBLED = "resample/scales"
-_FILTER = np.outer([1.0, 2.0, 1.0], [1.0, 2.0, 1.0]) / 16.0
+FILTER = np.outer([1.0, 2.0, 1.0], [1.0, 2.0, 1.0]) / 16.0
+"""The 3×3 filter that is left of the 4×4 one."""
 
 
 def resample_densely(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
@@ -140,7 +141,7 @@ class _Pass:
         self, blur: onnx.NodeProto, x: str, y: str, pads: list[int], channels: int, gain: float
     ) -> onnx.NodeProto:
         """The 3×3 filter of each channel, under the name of the 4×4 one."""
-        kernel = np.broadcast_to(_FILTER * gain, (channels, 1, 3, 3))
+        kernel = np.broadcast_to(FILTER * gain, (channels, 1, 3, 3))
         return helper.make_node(
             "Conv",
             [x, self._constant(f"{blur.input[1]}/narrower", kernel)],

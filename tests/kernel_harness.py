@@ -7,12 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from epilogue_cases import Epilogue
 from torch import Tensor
 
 from engines.plugins.kernels import SOURCES, KernelLibrary, Tokens
 from mat_torch import attention
 
-__all__ = ["PAPER", "Answer", "as_integers", "call_kernels", "compile_on_paper", "in_double"]
+__all__ = [
+    "PAPER",
+    "Answer",
+    "EpilogueAnswer",
+    "as_integers",
+    "call_epilogue",
+    "call_kernels",
+    "compile_on_paper",
+    "in_double",
+    "packed",
+    "unpacked",
+]
 
 PAPER = Path(__file__).parent / "cuda_on_cpu"
 """What stands in for CUDA's headers."""
@@ -126,6 +138,83 @@ def call_kernels(
         )
     guards = (*y_guards, *behind_guards, *alone_guards)
     return Answer(y, behind, None if kept is None else alone, guards)
+
+
+def packed(x: Tensor) -> Tensor:
+    """[B, C, H, W] as TensorRT's kHWC8: [B, H, W, C], C padded with NaN to a multiple of 8."""
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % 8), value=torch.nan)
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def unpacked(x: Tensor, channels: int) -> Tensor:
+    """The way back.
+
+    Raises:
+        AssertionError: If what lies behind the channels is not 0.
+    """
+    assert bool((x[..., channels:] == 0).all()), "what lies behind the channels is not 0"
+    return x[..., :channels].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class EpilogueAnswer:
+    """What a call of the fused epilogue wrote.
+
+    Attributes:
+        case: What was called.
+        memory: y as it lies there.
+        guards: What lies before and behind it, which nothing may write.
+    """
+
+    case: Epilogue
+    memory: Tensor
+    guards: tuple[Tensor, ...]
+
+    def y(self) -> Tensor:
+        """The result [B, C, H, W], once the device is done.
+
+        Raises:
+            AssertionError: If anything is written outside it, or its padding is not 0.
+        """
+        assert all(bool(guard.isnan().all()) for guard in self.guards), "written outside the result"
+        if not self.case.channels_last:
+            return self.memory
+        return unpacked(self.memory, self.case.shape[1])
+
+
+def call_epilogue(
+    library: KernelLibrary, case: Epilogue, x: Tensor, parts: dict[str, Tensor], *, stream: int = 0
+) -> EpilogueAnswer:
+    """The fused epilogue into poisoned memory.
+
+    Args:
+        library: The kernels for the device of the tensors.
+        case: What is called.
+        x: The map [B, C, H, W].
+        parts: The case's parts, by name.
+        stream: A cudaStream_t, the current one of PyTorch.
+    """
+    batch, _, height, width = case.shape_of_y
+    kept = {name: part.contiguous() for name, part in parts.items()}
+    shape: tuple[int, ...] = case.shape_of_y
+    if case.channels_last:
+        x = packed(x)
+        shape = (batch, height, width, x.shape[3])
+        kept |= {"skip": packed(kept["skip"])} if "skip" in kept else {}
+    y, *guards = _poisoned(shape, torch.nan, x.dtype, x.device)
+    library.epilogue(
+        x.data_ptr(),
+        y.data_ptr(),
+        {name: (part.data_ptr(), part.shape[0] == batch) for name, part in kept.items()},
+        shape=case.shape,
+        dtype=str(x.dtype).removeprefix("torch."),
+        channels_last=case.channels_last,
+        pad=case.pad,
+        gain=case.gain,
+        slope=case.slope,
+        stream=stream,
+    )
+    return EpilogueAnswer(case, y, tuple(guards))
 
 
 def _poisoned(

@@ -6,21 +6,29 @@ On the CPU, where the kernels run on paper (`cuda_on_cpu`), or with nvcc on a GP
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from attention_cases import BARS, Case, draw
-from kernel_harness import as_integers, compile_on_paper
+from epilogue_cases import Epilogue, holds, in_double
+from epilogue_cases import draw as draw_epilogue
+from kernel_harness import as_integers, compile_on_paper, packed, unpacked
 from torch import Tensor
 
-from engines.plugins.kernels import SOURCES, find_nvcc
+from engines.plugins.kernels import EPILOGUE_PARTS, SOURCES, find_nvcc
 from mat_export import ops
 
 HERE = Path(__file__).parent
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 3, torch.bool: 4, torch.bfloat16: 7}
 """``nvinfer1::DataType``."""
+
+LINEAR, HWC8 = 0, 2
+"""``nvinfer1::TensorFormat``."""
 
 _NO_FORMAT = {"v2": -3, "v3": -6}
 """The stage of `play` at which a plugin is asked for types and formats, in each harness."""
@@ -52,28 +60,38 @@ class Harness:
         self.library.last_line.restype = ctypes.c_char_p
 
     def play(
-        self, name: str, cut: tuple[int, int], heads: int, tensors: list[Tensor], out: Tensor
+        self,
+        name: str,
+        attributes: str,
+        tensors: list[Tensor],
+        out: Tensor,
+        shapes: list[tuple[int, ...]] | None = None,
+        formats: list[int] | None = None,
     ) -> int:
         """Run an operator through a plugin's life, its result into `out`.
 
         Args:
             name: Of the operator.
-            cut: Window and shift.
-            heads: Of an attention; -1 is none.
+            attributes: As "window=8 shift=4"; a number with a point is a float.
             tensors: Its inputs, on the CPU.
-            out: Like the first of them.
+            out: Where the result goes.
+            shapes: Of the inputs and the result, as TensorRT sees them; by default their own.
+            formats: Of the inputs and the result, by LINEAR or HWC8; by default linear.
 
         Returns:
             0, the kernel's status, or the number of the stage that went wrong.
         """
-        count = len(tensors)
-        shapes = (ctypes.c_int32 * (4 * count))(*(d for t in tensors for d in t.shape))
-        types = (ctypes.c_int32 * count)(*(TYPES[t.dtype] for t in tensors))
-        pointers = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
+        described = _described([*tensors, out], shapes, formats)
+        pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
         where = ctypes.c_void_p(out.data_ptr())
-        return int(
-            self.library.play(name.encode(), *cut, heads, count, shapes, types, pointers, where)
-        )
+        call = (name.encode(), attributes.encode(), len(tensors), *described, pointers, where)
+        return int(self.library.play(*call))
+
+    def fit(self, name: str, attributes: str, tensors: list[Tensor], formats: list[int]) -> bool:
+        """Whether an operator takes and gives tensors, the result last, in these formats."""
+        described = _described(tensors, None, formats)
+        call = (name.encode(), attributes.encode(), len(tensors) - 1, *described)
+        return bool(self.library.formats_fit(*call))
 
     def check(self, case: Case) -> float:
         """Hold the operators of a case against the PyTorch reference in FP32.
@@ -86,10 +104,11 @@ class Harness:
         """
         q, k, v, valid = draw(case)
         cut = (case.window, case.shift)
+        window = f"window={case.window} shift={case.shift}"
         name = "WindowAttention" if valid is None else "MaskedWindowAttention"
         given = [q, k, v] if valid is None else [q, k, v, as_integers(valid)]
         y = torch.full_like(v, torch.nan)
-        status = self.play(name, cut, case.heads, given, y)
+        status = self.play(name, f"{window} heads={case.heads}", given, y)
         assert status == 0, (case, status, self.last_line)
         wide = (x.float() for x in (q, k, v))
         expected = ops.masked_window_attention(*wide, valid, *cut, case.heads)
@@ -97,7 +116,7 @@ class Harness:
         assert error <= BARS[case.dtype], (case, error)
         if valid is not None:
             mask = torch.full_like(given[3], -1)
-            status = self.play("MaskPropagation", cut, -1, [given[3]], mask)
+            status = self.play("MaskPropagation", window, [given[3]], mask)
             assert status == 0, (case, status, self.last_line)
             assert torch.equal(mask, ops.mask_propagation(valid, *cut).to(mask.dtype)), case
         return error
@@ -111,22 +130,83 @@ class Harness:
         q, k, v, valid = draw(Case())
         assert valid is not None
         for mask, status in ((valid, self._no_format), (as_integers(valid), 0)):
-            for name, heads, tensors in (
-                ("MaskedWindowAttention", 2, [q, k, v, mask]),
-                ("MaskPropagation", -1, [mask]),
+            for name, attributes, tensors in (
+                ("MaskedWindowAttention", "window=8 shift=0 heads=2", [q, k, v, mask]),
+                ("MaskPropagation", "window=8 shift=0", [mask]),
             ):
                 out = torch.empty_like(tensors[0])
-                assert self.play(name, (8, 0), heads, tensors, out) == status, (name, mask.dtype)
+                assert self.play(name, attributes, tensors, out) == status, (name, mask.dtype)
 
-    def refused(self, name: str, window: int, shift: int, heads: int) -> bool:
+    def check_epilogue(self, case: Epilogue) -> None:
+        """Hold the fused epilogue of a case against the formula in FP64.
+
+        Raises:
+            AssertionError: If a stage fails, or a number is more than its rounding off.
+        """
+        x, parts = draw_epilogue(case)
+        tensors = {"x": x, **parts, "y": torch.full(case.shape_of_y, torch.nan, dtype=x.dtype)}
+        maps = ("x", "skip", "y") if case.channels_last else ()
+        shapes = [tuple(t.shape) for t in tensors.values()]
+        formats = [HWC8 if name in maps else LINEAR for name in tensors]
+        *given, y = (packed(t) if name in maps else t for name, t in tensors.items())
+        status = self.play("FusedEpilogue", epilogue_attributes(case), given, y, shapes, formats)
+        assert status == 0, (case, status, self.last_line)
+        y = unpacked(y, x.shape[1]) if case.channels_last else y
+        holds(case, y, in_double(case, x, parts))
+
+    def check_epilogue_formats(self) -> None:
+        """Hold the fused epilogue to what TensorRT may choose from.
+
+        Maps are linear or all kHWC8 in half precision, parts by channel or pixel linear, and all of
+        one type.
+
+        Raises:
+            AssertionError: If one of these is refused, or anything else taken.
+        """
+        case = Epilogue((1, 8, 6, 6), 1, parts=("scale", "noise", "skip"))
+        attributes = epilogue_attributes(case)
+        for dtype in (torch.float32, torch.float16, torch.int32):
+            x, parts = draw_epilogue(replace(case, dtype=dtype))
+            tensors = [x, *parts.values(), x]
+            for formats in itertools.product((LINEAR, HWC8), repeat=len(tensors)):
+                good = [(LINEAR,) * 5] if dtype.is_floating_point else []
+                good += [(HWC8, LINEAR, LINEAR, HWC8, HWC8)] if dtype == torch.float16 else []
+                found = self.fit("FusedEpilogue", attributes, tensors, list(formats))
+                assert found == (formats in good), (dtype, formats)
+            for i in range(len(tensors)):
+                mixed = [t.to(torch.bool) if j == i else t for j, t in enumerate(tensors)]
+                assert not self.fit("FusedEpilogue", attributes, mixed, [LINEAR] * 5), (dtype, i)
+
+    def refused(self, name: str, attributes: str) -> bool:
         """Whether a node with these attributes is refused."""
-        return bool(self.library.refused(name.encode(), window, shift, heads))
+        return bool(self.library.refused(name.encode(), attributes.encode()))
 
     @property
     def last_line(self) -> str:
         """What the logger heard last."""
         line: bytes = self.library.last_line()
         return line.decode()
+
+
+def epilogue_attributes(case: Epilogue) -> str:
+    """A case as the attributes of a node."""
+    given: dict[str, int | float] = {"filter": int(case.pad is not None), "pad": case.pad or 0}
+    given |= {"gain": case.gain, "slope": case.slope}
+    given |= {name: int(name in case.parts) for name in EPILOGUE_PARTS}
+    return " ".join(f"{name}={value}" for name, value in given.items())
+
+
+def _described(
+    tensors: list[Tensor], shapes: list[tuple[int, ...]] | None, formats: list[int] | None
+) -> tuple[ctypes.Array[Any], ...]:
+    """Shapes, types and formats of tensors, as the harnesses take them."""
+    count = len(tensors)
+    shapes = [tuple(t.shape) for t in tensors] if shapes is None else shapes
+    return (
+        (ctypes.c_int32 * (4 * count))(*itertools.chain.from_iterable(shapes)),
+        (ctypes.c_int32 * count)(*(TYPES[t.dtype] for t in tensors)),
+        (ctypes.c_int32 * count)(*(formats or [LINEAR] * count)),
+    )
 
 
 def _compile_for_gpu(target: Path, *arguments: str) -> None:

@@ -25,23 +25,25 @@ IPluginCreator* creator_of(char const* name) {
     return nullptr;
 }
 
-IPluginV2DynamicExt* made(IPluginCreator* creator, int32_t window, int32_t shift, int32_t heads) {
-    const Fields fields(window, shift, heads);
+IPluginV2DynamicExt* made(IPluginCreator* creator, char const* attributes) {
+    const Fields fields(attributes);
     return static_cast<IPluginV2DynamicExt*>(creator->createPlugin("node", fields.get()));
 }
 
 }  // namespace
 
-// Runs an operator through every stage of a plugin's life. Shapes are 4 numbers a tensor; types are
-// TensorRT's. Returns 0, the status of the kernel, or the number of the stage that went wrong.
-extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t heads, int32_t inputs,
-                    int32_t const* shapes, int32_t const* types, void const* const* in, void* out) {
+// Runs an operator through every stage of a plugin's life. Shapes are 4 numbers a tensor, the output
+// last; types and formats are TensorRT's. Returns 0, the status of the kernel, or the number of the
+// stage that went wrong.
+extern "C" int play(char const* name, char const* attributes, int32_t inputs, int32_t const* shapes,
+                    int32_t const* types, int32_t const* formats, void const* const* in,
+                    void* out) {
     IPluginCreator* creator = creator_of(name);
     if (creator == nullptr) return -1;
-    IPluginV2DynamicExt* first = made(creator, window, shift, heads);
+    IPluginV2DynamicExt* first = made(creator, attributes);
     if (first == nullptr) return -2;
 
-    std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types);
+    std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types, formats);
     std::vector<DynamicPluginTensorDesc> ranges;
     for (PluginTensorDesc const& tensor : tensors) {
         ranges.push_back({tensor, tensor.dims, tensor.dims});
@@ -59,6 +61,10 @@ extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t hea
     std::vector<DataType> given;
     for (int32_t i = 0; i < inputs; ++i) given.push_back(tensors[i].type);
     if (first->getOutputDataType(0, given.data(), inputs) != tensors[inputs].type) return -6;
+    const auto shape_of = [&](DimsExprs const* shapes_in, IExprBuilder& builder) {
+        return first->getOutputDimensions(0, shapes_in, inputs, builder);
+    };
+    if (!shape_fits(tensors, shape_of)) return -12;
     first->configurePlugin(ranges.data(), inputs, &ranges[inputs], 1);
     if (first->getWorkspaceSize(tensors.data(), inputs, &tensors[inputs], 1) != 0) return -7;
 
@@ -84,8 +90,8 @@ extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t hea
 }
 
 // Whether a node with these attributes is refused.
-extern "C" int refused(char const* name, int32_t window, int32_t shift, int32_t heads) {
-    IPluginV2DynamicExt* plugin = made(creator_of(name), window, shift, heads);
+extern "C" int refused(char const* name, char const* attributes) {
+    IPluginV2DynamicExt* plugin = made(creator_of(name), attributes);
     if (plugin == nullptr) return 1;
     plugin->destroy();
     return 0;
@@ -93,3 +99,16 @@ extern "C" int refused(char const* name, int32_t window, int32_t shift, int32_t 
 
 // What the logger heard last.
 extern "C" char const* last_line() { return listener.last.c_str(); }
+
+// Whether the tensors of a node may be so.
+extern "C" int formats_fit(char const* name, char const* attributes, int32_t inputs,
+                           int32_t const* shapes, int32_t const* types, int32_t const* formats) {
+    IPluginV2DynamicExt* plugin = made(creator_of(name), attributes);
+    const std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types, formats);
+    bool fit = true;
+    for (int32_t i = 0; i <= inputs; ++i) {
+        fit = fit && plugin->supportsFormatCombination(i, tensors.data(), inputs, 1);
+    }
+    plugin->destroy();
+    return fit;
+}

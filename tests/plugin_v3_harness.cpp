@@ -43,8 +43,8 @@ struct Sides {
     IPluginV3OneRuntime* runtime = nullptr;
 };
 
-Sides made(char const* name, int32_t window, int32_t shift, int32_t heads) {
-    const Fields fields(window, shift, heads);
+Sides made(char const* name, char const* attributes) {
+    const Fields fields(attributes);
     return Sides(creator_of(name)->createPlugin("node", fields.get(), TensorRTPhase::kBUILD));
 }
 
@@ -56,76 +56,45 @@ std::vector<DynamicPluginTensorDesc> ranges_of(std::vector<PluginTensorDesc> con
     return ranges;
 }
 
-// A size that is known, and whoever makes expressions of them: these plugins need none.
-struct Size final : IDimensionExpr, private apiv::VDimensionExpr {
-    explicit Size(int64_t value) : value_(value) { mImpl = this; }
-    bool isConstant() const override { return true; }
-    int64_t getConstantValue() const override { return value_; }
-    bool isSizeTensor() const override { return false; }
-    int64_t value_;
-};
-
-struct Builder final : IExprBuilder, private apiv::VExprBuilder {
-    Builder() { mImpl = this; }
-    IDimensionExpr const* constant(int64_t) override { return ++asked, nullptr; }
-    IDimensionExpr const* operation(DimensionOperation, IDimensionExpr const&,
-                                    IDimensionExpr const&) override {
-        return ++asked, nullptr;
-    }
-    IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&,
-                                            IDimensionExpr const&) override {
-        return ++asked, nullptr;
-    }
-    int asked = 0;
-};
-
 struct Context final : IPluginResourceContext {
     IGpuAllocator* getGpuAllocator() const noexcept override { return nullptr; }
     IErrorRecorder* getErrorRecorder() const noexcept override { return nullptr; }
 };
 
-// Whether the output is told to be like the first input.
+// Whether the output is told to be of the first input's type and of the right shape.
 bool outputs_fit(IPluginV3OneBuild& build, std::vector<PluginTensorDesc> const& tensors) {
     const int32_t inputs = static_cast<int32_t>(tensors.size()) - 1;
     std::vector<DataType> types;
-    std::vector<std::unique_ptr<Size>> sizes;
-    std::vector<DimsExprs> shapes(inputs);
-    for (int32_t i = 0; i < inputs; ++i) {
-        types.push_back(tensors[i].type);
-        shapes[i].nbDims = 4;
-        for (int32_t j = 0; j < 4; ++j) {
-            sizes.push_back(std::make_unique<Size>(tensors[i].dims.d[j]));
-            shapes[i].d[j] = sizes.back().get();
-        }
-    }
-    Builder builder;
+    for (int32_t i = 0; i < inputs; ++i) types.push_back(tensors[i].type);
     DataType type{};
-    DimsExprs shape{};
-    if (build.getNbOutputs() != 1 || build.getOutputDataTypes(&type, 1, types.data(), inputs) ||
-        build.getOutputShapes(shapes.data(), inputs, nullptr, 0, &shape, 1, builder)) {
+    if (build.getNbOutputs() != 1 || build.getOutputDataTypes(&type, 1, types.data(), inputs)) {
         return false;
     }
-    for (int32_t j = 0; j < 4; ++j) {
-        if (shape.d[j]->getConstantValue() != tensors[inputs].dims.d[j]) return false;
-    }
-    return shape.nbDims == 4 && builder.asked == 0 && type == tensors[inputs].type;
+    const auto shape_of = [&](DimsExprs const* shapes, IExprBuilder& builder) {
+        DimsExprs shape{};
+        build.getOutputShapes(shapes, inputs, nullptr, 0, &shape, 1, builder);
+        return shape;
+    };
+    return type == tensors[inputs].type && shape_fits(tensors, shape_of);
 }
 
 }  // namespace
 
-// Runs an operator through every stage of a plugin's life. Shapes are 4 numbers a tensor; types are
-// TensorRT's. Returns 0, the status of the kernel, or the number of the stage that went wrong.
-extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t heads, int32_t inputs,
-                    int32_t const* shapes, int32_t const* types, void const* const* in, void* out) {
+// Runs an operator through every stage of a plugin's life. Shapes are 4 numbers a tensor, the output
+// last; types and formats are TensorRT's. Returns 0, the status of the kernel, or the number of the
+// stage that went wrong.
+extern "C" int play(char const* name, char const* attributes, int32_t inputs, int32_t const* shapes,
+                    int32_t const* types, int32_t const* formats, void const* const* in,
+                    void* out) {
     IPluginCreatorV3One* creator = creator_of(name);
     if (creator == nullptr) return -1;
-    const std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types);
+    const std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types, formats);
     const std::vector<DynamicPluginTensorDesc> ranges = ranges_of(tensors);
 
     // Building: TensorRT works on clones, and asks each of them.
     Sides read(nullptr);
     {
-        Sides first = made(name, window, shift, heads);
+        Sides first = made(name, attributes);
         if (first.plugin == nullptr) return -2;
         const Sides clone(first.plugin->clone());
         first.plugin.reset();
@@ -166,9 +135,9 @@ extern "C" int play(char const* name, int32_t window, int32_t shift, int32_t hea
     });
 }
 
-// Whether a node with these attributes is refused; a negative number of heads is left out.
-extern "C" int refused(char const* name, int32_t window, int32_t shift, int32_t heads) {
-    return made(name, window, shift, heads).plugin == nullptr;
+// Whether a node with these attributes is refused.
+extern "C" int refused(char const* name, char const* attributes) {
+    return made(name, attributes).plugin == nullptr;
 }
 
 // Whether a plugin is refused that an engine holds as these numbers.
@@ -180,10 +149,12 @@ extern "C" int unread(char const* name, int32_t const* numbers, int32_t count) {
 }
 
 // Whether shapes are refused, by a bit each: 1 while an engine is built, 2 while it runs.
-extern "C" int misfits(char const* name, int32_t inputs, int32_t const* shapes) {
-    const Sides sides = made(name, 8, 4, 2);
-    const std::vector<int32_t> types(inputs, 0);
-    const std::vector<PluginTensorDesc> tensors = tensors_of(inputs, shapes, types.data());
+extern "C" int misfits(char const* name, char const* attributes, int32_t inputs,
+                       int32_t const* shapes) {
+    const Sides sides = made(name, attributes);
+    const std::vector<int32_t> zeros(inputs + 1, 0);
+    const std::vector<PluginTensorDesc> tensors =
+        tensors_of(inputs, shapes, zeros.data(), zeros.data());
     const std::vector<DynamicPluginTensorDesc> ranges = ranges_of(tensors);
     const int built = sides.build->configurePlugin(ranges.data(), inputs, &ranges[inputs], 1);
     const int running =
@@ -191,16 +162,30 @@ extern "C" int misfits(char const* name, int32_t inputs, int32_t const* shapes) 
     return (built != 0) | (running != 0) << 1;
 }
 
+// Whether the tensors of a node may be so.
+extern "C" int formats_fit(char const* name, char const* attributes, int32_t inputs,
+                           int32_t const* shapes, int32_t const* types, int32_t const* formats) {
+    const Sides sides = made(name, attributes);
+    const std::vector<DynamicPluginTensorDesc> all =
+        ranges_of(tensors_of(inputs, shapes, types, formats));
+    bool fit = true;
+    for (int32_t i = 0; i <= inputs; ++i) {
+        fit = fit && sides.build->supportsFormatCombination(i, all.data(), inputs, 1);
+    }
+    return fit;
+}
+
 // Whether a tensor may be so, for each type of the first one, its own type and its own format:
-// `out` has a byte for each, the format innermost.
-extern "C" void formats(char const* name, int32_t inputs, int32_t position, int32_t types,
-                        int32_t formats, uint8_t* out) {
-    const Sides sides = made(name, 8, 4, 2);
+// `out` has a byte for each, the format innermost. The first one is of a format too.
+extern "C" void formats(char const* name, char const* attributes, int32_t inputs, int32_t position,
+                        int32_t first_format, int32_t types, int32_t formats, uint8_t* out) {
+    const Sides sides = made(name, attributes);
     std::vector<DynamicPluginTensorDesc> all(inputs + 1);
     for (int32_t first = 0; first < types; ++first) {
         for (int32_t own = 0; own < types; ++own) {
             for (int32_t format = 0; format < formats; ++format) {
                 all[0].desc.type = static_cast<DataType>(first);
+                all[0].desc.format = static_cast<TensorFormat>(first_format);
                 all[position].desc.type = static_cast<DataType>(own);
                 all[position].desc.format = static_cast<TensorFormat>(format);
                 *out++ = sides.build->supportsFormatCombination(position, all.data(), inputs, 1);
@@ -210,9 +195,9 @@ extern "C" void formats(char const* name, int32_t inputs, int32_t position, int3
 }
 
 // The suffix by which kernel timings of a node are kept.
-extern "C" char const* timing_id(char const* name, int32_t window, int32_t shift, int32_t heads) {
+extern "C" char const* timing_id(char const* name, char const* attributes) {
     static std::string text;
-    return (text = made(name, window, shift, heads).build->getTimingCacheID()).c_str();
+    return (text = made(name, attributes).build->getTimingCacheID()).c_str();
 }
 
 // What the logger heard last.

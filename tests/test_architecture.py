@@ -124,6 +124,7 @@ NEEDS_TORCH = {
     "mat_torch.generator",
     "mat_torch.layers",
     "mat_torch.losses",
+    "mat_torch.perceptual",
     "mat_torch.pickle_reader",
     "mat_torch.training",
     "mat_torch.training_draws",

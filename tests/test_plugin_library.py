@@ -16,7 +16,7 @@ import pytest
 
 import cli
 from engines.plugins import library as module
-from engines.plugins.kernels import SOURCES
+from engines.plugins.kernels import EPILOGUE_PARTS, SOURCES
 from engines.plugins.library import (
     LibraryDescription,
     build_library,
@@ -279,6 +279,7 @@ def test_a_registry_of_nvidias_lists_its_creators(compiled: Path) -> None:
         ["MaskedWindowAttention", "1", ["window", "shift", "heads"]],
         ["WindowAttention", "1", ["window", "shift", "heads"]],
         ["MaskPropagation", "1", ["window", "shift"]],
+        ["FusedEpilogue", "1", ["filter", "pad", "gain", "slope", *EPILOGUE_PARTS]],
     ]
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import DENSE, Case
+from epilogue_cases import LIFE, Epilogue
 from plugin_harness import Harness
 
 HEADERS = os.environ.get("TENSORRT86_INCLUDE")
@@ -47,6 +48,26 @@ def test_masks_are_integers_and_bools_are_refused(harness: Harness) -> None:
 def test_attributes_that_no_kernel_has_are_refused(
     harness: Harness, window: int, shift: int, heads: int, words: str
 ) -> None:
-    assert harness.refused("WindowAttention", window, shift, heads)
+    given = f"window={window} shift={shift} heads={heads}"
+    assert harness.refused("WindowAttention", given)
     assert harness.last_line.startswith(f"mat::WindowAttention: attribute '{words}' is")
-    assert not harness.refused("WindowAttention", 8, 4, heads or 1)
+    assert not harness.refused("WindowAttention", f"window=8 shift=4 heads={heads or 1}")
+
+
+@pytest.mark.parametrize("layout", ["linear", "channels last"])
+@pytest.mark.parametrize("case", LIFE.values(), ids=LIFE.keys())
+def test_the_epilogue_lives_through_build_and_run(
+    harness: Harness, case: Epilogue, layout: str
+) -> None:
+    harness.check_epilogue(replace(case, channels_last=layout == "channels last"))
+    if layout == "linear":
+        harness.check_epilogue(replace(case, dtype=torch.float32))
+
+
+def test_maps_of_the_epilogue_are_linear_or_have_channels_last(harness: Harness) -> None:
+    harness.check_epilogue_formats()
+
+
+def test_an_epilogue_that_no_kernel_has_is_refused(harness: Harness) -> None:
+    assert harness.refused("FusedEpilogue", "filter=1 pad=3")
+    assert harness.last_line == "mat::FusedEpilogue: attribute 'pad' is from 0 to 2, of a filter"

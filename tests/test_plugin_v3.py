@@ -12,19 +12,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from attention_cases import BARS, DENSE, Case
+from epilogue_cases import FORMS, LIFE, Epilogue
 from kernel_harness import PAPER
-from plugin_harness import HERE, TYPES, Harness
+from plugin_harness import HERE, LINEAR, TYPES, Harness, epilogue_attributes
 
+from engines.plugins.kernels import EPILOGUE_PARTS
 from engines.plugins.toolchain import find_headers
 from mat_export.contract import UserError
 
 FLOATS = {TYPES[dtype] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 INT32 = TYPES[torch.int32]
 INPUTS = {"MaskedWindowAttention": 4, "WindowAttention": 3, "MaskPropagation": 1}
+CUT = "window=8 shift=4 heads=2"
+REST = [0] * 10
+"""What an engine holds of an attention behind its heads."""
+
 GOOD = {
     "MaskedWindowAttention": [[1, 16, 8, 12]] * 3 + [[1, 1, 16, 8]],
     "WindowAttention": [[1, 16, 8, 12]] * 3,
@@ -67,7 +74,8 @@ def test_tensors_are_packed_and_of_one_type_and_masks_are_integers(
     masks = range(2) if name == "MaskPropagation" else ([3] if inputs == 4 else [])
     for position in range(inputs + 1):
         seen = (ctypes.c_uint8 * (types * types * formats))()
-        harness.library.formats(name.encode(), inputs, position, types, formats, seen)
+        call = (name.encode(), CUT.encode(), inputs, position, LINEAR, types, formats, seen)
+        harness.library.formats(*call)
         combinations = itertools.product(range(types), range(types), range(formats))
         for (first, own, layout), fits in zip(combinations, seen, strict=True):
             if position == 0:
@@ -90,26 +98,27 @@ def test_tensors_are_packed_and_of_one_type_and_masks_are_integers(
 def test_attributes_that_no_kernel_has_are_refused_in_a_sentence(
     harness: Harness, window: int, shift: int, heads: int, words: str
 ) -> None:
-    assert harness.refused("WindowAttention", window, shift, heads)
+    given = f"window={window} shift={shift} heads={heads}"
+    assert harness.refused("WindowAttention", given)
     assert harness.last_line == f"mat::WindowAttention: {words}"
-    assert not harness.refused("WindowAttention", 8, 4, 1)
-    assert not harness.refused("MaskPropagation", 8, 4, -1)
+    assert not harness.refused("WindowAttention", "window=8 shift=4 heads=1")
+    assert not harness.refused("MaskPropagation", "window=8 shift=4")
 
 
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ([1, 1, 8, 4], "another version of this library"),
-        ([1, 1, 8, 4, 6, 0], "another version of this library"),
-        ([2, 1, 8, 4, 6], "of another version"),
-        ([1, 2, 8, 4, 6], "another operator"),
-        ([1, 1, 8, 9, 6], "attribute 'shift'"),
+        ([1, 1, 8, 4, 6], "another version of this library"),
+        ([2, 1, 8, 4, 6, *REST, 0], "another version of this library"),
+        ([1, 1, 8, 4, 6, *REST], "of another version"),
+        ([2, 2, 8, 4, 6, *REST], "another operator"),
+        ([2, 1, 8, 9, 6, *REST], "attribute 'shift'"),
     ],
 )
 def test_what_another_library_serialized_is_refused_in_a_sentence(
     harness: Harness, numbers: list[int], words: str
 ) -> None:
-    assert not unread(harness, [1, 1, 8, 4, 6])
+    assert not unread(harness, [2, 1, 8, 4, 6, *REST])
     assert unread(harness, numbers)
     assert words in harness.last_line
 
@@ -148,19 +157,88 @@ def test_shapes_that_do_not_fit_are_refused_while_building_and_while_running(
     assert words in harness.last_line
 
 
-def misfits(harness: Harness, name: str, shapes: list[list[int]]) -> int:
+def misfits(
+    harness: Harness, name: str, shapes: list[list[int]], attributes: str | None = None
+) -> int:
+    inputs, attributes = len(shapes), attributes or CUT
+    shapes = [*shapes, shapes[0]]  # the result's, which they are not asked for
     array = (ctypes.c_int32 * (4 * len(shapes)))(*(d for shape in shapes for d in shape))
-    return int(harness.library.misfits(name.encode(), len(shapes), array))
+    return int(harness.library.misfits(name.encode(), attributes.encode(), inputs, array))
 
 
 def test_timings_are_kept_apart_by_operator_and_attributes(harness: Harness) -> None:
     harness.library.timing_id.restype = ctypes.c_char_p
-    cuts = itertools.product((8, 16), (0, 4), (2, 6))
+    cuts = [
+        f"window={window} shift={shift} heads={heads}"
+        for window, shift, heads in itertools.product((8, 16), (0, 4), (2, 6))
+    ]
     ids = {
-        harness.library.timing_id(name.encode(), *cut)
+        harness.library.timing_id(name.encode(), cut.encode())
         for name, cut in itertools.product(INPUTS, cuts)
     }
     assert len(ids) == 3 * 8
+    cases = [Epilogue(), Epilogue(pad=0), Epilogue(pad=1), Epilogue(slope=0.2), Epilogue(gain=4.0)]
+    cases += [Epilogue(parts=(part,)) for part in EPILOGUE_PARTS]
+    ids = {
+        harness.library.timing_id(b"FusedEpilogue", epilogue_attributes(case).encode())
+        for case in cases
+    }
+    assert len(ids) == len(cases)
+
+
+# -- the epilogue ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("case", LIFE.values(), ids=LIFE.keys())
+def test_the_epilogue_lives_through_build_and_run(
+    harness: Harness, case: Epilogue, form: dict[str, Any]
+) -> None:
+    harness.check_epilogue(replace(case, **form))
+
+
+def test_maps_of_the_epilogue_are_linear_or_have_channels_last(harness: Harness) -> None:
+    harness.check_epilogue_formats()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ("filter=2", "attribute 'filter' is 0 or 1"),
+        ("filter=1 pad=3", "attribute 'pad' is from 0 to 2, of a filter"),
+        ("filter=0 pad=1", "attribute 'pad' is from 0 to 2, of a filter"),
+        ("skip=2", "attributes that name a part are 0 or 1"),
+        ("gain=1", "its attributes are one INT32 each, 'gain' and 'slope' one FLOAT32"),
+        ("skip=1.0", "its attributes are one INT32 each, 'gain' and 'slope' one FLOAT32"),
+    ],
+)
+def test_epilogues_that_no_kernel_has_are_refused_in_a_sentence(
+    harness: Harness, attributes: str, words: str
+) -> None:
+    assert harness.refused("FusedEpilogue", attributes)
+    assert harness.last_line == f"mat::FusedEpilogue: {words}"
+    assert not harness.refused("FusedEpilogue", "filter=1 pad=2 gain=4.0 skip=1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({0: [2, 16, 2, 9]}, "the filter leaves some of them"),
+        ({1: [2, 1, 1, 1]}, "scale, bias or style is not"),
+        ({2: [2, 1, 8, 9]}, "noise or ratio is not"),
+        ({3: [3, 16, 6, 7]}, "skip is not"),
+        ({4: [2, 16, 1, 7]}, "scale, bias or style is not"),
+    ],
+)
+def test_shapes_of_an_epilogue_that_do_not_fit_are_refused(
+    harness: Harness, changes: dict[int, list[int]], words: str
+) -> None:
+    attributes = "filter=1 pad=0 scale=1 noise=1 skip=1 style=1"
+    good = [[2, 16, 8, 9], [2, 16, 1, 1], [1, 1, 6, 7], [2, 16, 6, 7], [1, 16, 1, 1]]
+    assert misfits(harness, "FusedEpilogue", good, attributes) == 0
+    shapes = [changes.get(i, shape) for i, shape in enumerate(good)]
+    assert misfits(harness, "FusedEpilogue", shapes, attributes) == 3
+    assert words in harness.last_line
 
 
 # -- the registry ----------------------------------------------------------------------------------
@@ -175,7 +253,7 @@ count = ctypes.c_int32()
 library.getCreators(ctypes.byref(count))
 seen.append(tensorrt.registered().decode())
 library.setLoggerFinder(None)
-assert library.refused(b"WindowAttention", 7, 0, 1)
+assert library.refused(b"WindowAttention", b"window=7 shift=0 heads=1")
 print(json.dumps([*seen, count.value, tensorrt.last_line().decode()]))
 """
 
@@ -212,5 +290,5 @@ def test_opening_the_library_finds_the_tensorrt_of_its_headers_alone(
     )
     heard = "mat::WindowAttention: attribute 'window' is 8 or 16"
     assert json.loads(done.stdout) == (
-        [" ".join(INPUTS), "", 3, heard] if known else ["", "", 3, ""]
+        [" ".join([*INPUTS, "FusedEpilogue"]), "", 4, heard] if known else ["", "", 4, ""]
     )

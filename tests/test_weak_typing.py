@@ -15,7 +15,7 @@ from mat_export.engine_graph import prepare_engine_graph
 
 KINDS = (
     *("CONSTANT", "SHAPE", "CAST", "CONVOLUTION", "SHUFFLE", "ELEMENTWISE", "REDUCE"),
-    *("QUANTIZE", "DEQUANTIZE"),
+    *("QUANTIZE", "DEQUANTIZE", "PLUGIN_V2"),
 )
 TRT = SimpleNamespace(
     float16="half",
@@ -153,6 +153,16 @@ def test_mask_propagation_stays_free() -> None:
     """Bound, it left 8.6 without an implementation for the block around it."""
     layer = Layer("first.blocks.0/MaskPropagation/valid_count", "REDUCE", ["m"], ["n"])
     assert run([layer]) == (0, 0)
+
+
+def test_plugins_are_told_no_type_and_what_follows_them_is() -> None:
+    """Bound, 8.6 found no format for them."""
+    plugin = Layer("b/MaskedWindowAttention", "PLUGIN_V2", ["h"], ["y"])
+    after = Layer("d/Relu", "CONVOLUTION", ["f"], ["z"])
+    assert run([plugin, after]) == (0, 1)
+    assert plugin.precision is None
+    assert not plugin.output_types
+    assert after.precision == "float"
 
 
 def test_every_tensor_of_the_network_has_a_type(tiny_onnx: Path) -> None:

@@ -3,11 +3,16 @@
 //   mat::MaskedWindowAttention(q, k, v, mask; window, shift, heads) → y
 //   mat::WindowAttention(q, k, v; window, shift, heads) → y
 //   mat::MaskPropagation(mask; window, shift) → mask
+//   mat::FusedEpilogue(x, parts…; filter, pad, gain, slope, scale, noise, bias, ratio, skip,
+//                      style) → y
 //
 // q, k, v, y: [B, H, W, heads·head_size]; mask: INT32 [B, 1, H, W], 0 where a token is not valid,
-// since plugins have no bools (NvInferRuntimePlugin.h, PluginTensorDesc).
+// since plugins have no bools (NvInferRuntimePlugin.h, PluginTensorDesc). An epilogue's last six
+// attributes are 0 or 1 each and say which parts follow x [B, C, H, W], in that order: skip
+// [B or 1, C, H, W] like y, noise and ratio [B or 1, 1, H, W], the others [B or 1, C, 1, 1].
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -15,21 +20,58 @@
 
 namespace mat {
 
-enum class Operator : int32_t { kMaskedAttention = 0, kAttention = 1, kPropagation = 2 };
+enum class Operator : int32_t {
+    kMaskedAttention = 0,
+    kAttention = 1,
+    kPropagation = 2,
+    kEpilogue = 3
+};
 
-constexpr char const* kNames[] = {"MaskedWindowAttention", "WindowAttention", "MaskPropagation"};
+constexpr char const* kNames[] = {"MaskedWindowAttention", "WindowAttention", "MaskPropagation",
+                                  "FusedEpilogue"};
+constexpr char const* kPartNames[MAT_PARTS] = {"scale", "noise", "bias", "ratio", "skip", "style"};
+constexpr int kMostInputs = 1 + MAT_PARTS;
 constexpr char const* kVersion = "1";
 constexpr int kLargestSide = 1 << 15;  // of any axis, so that no product overflows
 
 // One node's attributes; also what a serialized engine holds of them, so its layout stays.
 struct Attributes {
-    int32_t format = 1;  // of this struct
+    int32_t format = 2;  // of this struct
     Operator kind = Operator::kMaskedAttention;
     int32_t window = 0, shift = 0;
-    int32_t heads = 0;  // of an attention
+    int32_t heads = 0;              // of an attention; from here on of an epilogue
+    int32_t filter = 0, pad = 0;
+    int32_t parts[MAT_PARTS] = {};  // whether it has each, by MatEpiloguePart
+    float gain = 1.0f, slope = 1.0f;
+
+    bool is_epilogue() const { return kind == Operator::kEpilogue; }
 
     int inputs() const {
-        return kind == Operator::kMaskedAttention ? 4 : kind == Operator::kAttention ? 3 : 1;
+        switch (kind) {
+            case Operator::kMaskedAttention: return 4;
+            case Operator::kAttention: return 3;
+            case Operator::kPropagation: return 1;
+            case Operator::kEpilogue: break;
+        }
+        int count = 1;
+        for (const int32_t part : parts) count += part != 0;
+        return count;
+    }
+
+    // Which part an input of an epilogue is, counted from the first behind x; MAT_PARTS for the
+    // output.
+    int part_at(int position) const {
+        int part = 0;
+        for (; part < MAT_PARTS; ++part) {
+            if (parts[part] != 0 && --position == 0) break;
+        }
+        return part;
+    }
+
+    // Whether a tensor of an epilogue is a map, in the format of x.
+    bool is_map(int position) const {
+        const int part = part_at(position);
+        return position == 0 || part == MAT_SKIP || part == MAT_PARTS;
     }
 
     // Whether a tensor of the node, counted from its first input on to its output, is a mask.
@@ -40,13 +82,26 @@ struct Attributes {
 
     // A sentence on what is wrong, or null.
     char const* problem() const {
-        if (format != 1) return "the engine's plugin is of another version: build the engine again";
-        if (kind < Operator::kMaskedAttention || kind > Operator::kPropagation) {
+        if (format != 2) return "the engine's plugin is of another version: build the engine again";
+        if (kind < Operator::kMaskedAttention || kind > Operator::kEpilogue) {
             return "the engine names an operator that this library does not have";
         }
+        if (is_epilogue()) return epilogue_problem();
         if (window != 8 && window != 16) return "attribute 'window' is 8 or 16";
         if (shift < 0 || shift >= window) return "attribute 'shift' is from 0 to below the window";
         if (kind != Operator::kPropagation && heads < 1) return "attribute 'heads' is from 1 up";
+        return nullptr;
+    }
+
+    char const* epilogue_problem() const {
+        if (filter != 0 && filter != 1) return "attribute 'filter' is 0 or 1";
+        if (pad < 0 || pad > 2 * filter) return "attribute 'pad' is from 0 to 2, of a filter";
+        for (const int32_t part : parts) {
+            if (part != 0 && part != 1) return "attributes that name a part are 0 or 1";
+        }
+        if (!std::isfinite(gain) || !std::isfinite(slope)) {
+            return "attributes 'gain' and 'slope' are finite";
+        }
         return nullptr;
     }
 
@@ -55,11 +110,23 @@ struct Attributes {
         if (std::strcmp(name, "window") == 0) return &window;
         if (std::strcmp(name, "shift") == 0) return &shift;
         if (std::strcmp(name, "heads") == 0) return &heads;
+        if (std::strcmp(name, "filter") == 0) return &filter;
+        if (std::strcmp(name, "pad") == 0) return &pad;
+        for (int i = 0; i < MAT_PARTS; ++i) {
+            if (std::strcmp(name, kPartNames[i]) == 0) return &parts[i];
+        }
+        return nullptr;
+    }
+
+    // Likewise those that are no whole numbers.
+    float* find_float(char const* name) {
+        if (std::strcmp(name, "gain") == 0) return &gain;
+        if (std::strcmp(name, "slope") == 0) return &slope;
         return nullptr;
     }
 };
 
-static_assert(sizeof(Attributes) == 5 * sizeof(int32_t), "engines hold it as five numbers");
+static_assert(sizeof(Attributes) == 15 * sizeof(int32_t), "engines hold it as fifteen words");
 
 // A call on tensors [B, H, W, C], densely packed.
 template <typename Shape>
@@ -79,6 +146,49 @@ MatAttention call_of(Attributes const& attributes, Shape const& q, int32_t type)
     return call;
 }
 
+// An epilogue on tensors of these shapes, none of which it has the address of.
+template <typename Shape>
+MatEpilogue epilogue_of(Attributes const& attributes, Shape const* shapes, int32_t type,
+                        int32_t layout) {
+    MatEpilogue call{};
+    call.batch = static_cast<int32_t>(shapes[0].d[0]);
+    call.channels = static_cast<int32_t>(shapes[0].d[1]);
+    call.height = static_cast<int32_t>(shapes[0].d[2]);
+    call.width = static_cast<int32_t>(shapes[0].d[3]);
+    call.filter = attributes.filter;
+    call.pad = attributes.pad;
+    call.gain = attributes.gain;
+    call.slope = attributes.slope;
+    call.type = type;
+    call.layout = layout;
+    for (int i = 1; i < attributes.inputs(); ++i) {
+        call.batched[attributes.part_at(i)] = shapes[i].d[0] == shapes[0].d[0];
+    }
+    return call;
+}
+
+template <typename Shape>
+char const* epilogue_shapes_problem(Attributes const& attributes, Shape const* shapes) {
+    const MatEpilogue call = epilogue_of(attributes, shapes, MAT_FLOAT, MAT_LINEAR);
+    char const* problem = mat_epilogue_problem(&call);
+    if (problem != nullptr) return problem;
+    const int more = attributes.filter ? 2 * attributes.pad - 2 : 0;
+    for (int i = 1; i < attributes.inputs(); ++i) {
+        const int part = attributes.part_at(i);
+        const bool by_pixel = part == MAT_NOISE || part == MAT_RATIO, map = part == MAT_SKIP;
+        Shape const& own = shapes[i];
+        if ((own.d[0] != 1 && own.d[0] != shapes[0].d[0]) ||
+            own.d[1] != (by_pixel ? 1 : shapes[0].d[1]) ||
+            own.d[2] != (by_pixel || map ? shapes[0].d[2] + more : 1) ||
+            own.d[3] != (by_pixel || map ? shapes[0].d[3] + more : 1)) {
+            return map        ? "skip is not [B or 1, C, H, W] of the result"
+                   : by_pixel ? "noise or ratio is not [B or 1, 1, H, W] of the result"
+                              : "scale, bias or style is not [B or 1, C, 1, 1]";
+        }
+    }
+    return nullptr;
+}
+
 // Why the shapes of a node's inputs do not fit each other or the kernels, in a sentence, or null.
 template <typename Shape>
 char const* shapes_problem(Attributes const& attributes, Shape const* shapes, int count) {
@@ -90,6 +200,7 @@ char const* shapes_problem(Attributes const& attributes, Shape const* shapes, in
             if (shapes[i].d[j] > kLargestSide) return "an axis of an input is above 32768";
         }
     }
+    if (attributes.is_epilogue()) return epilogue_shapes_problem(attributes, shapes);
     Shape const& first = shapes[0];
     if (attributes.kind == Operator::kPropagation) {
         if (first.d[1] != 1) return "the mask is [B, 1, H, W]";

@@ -1,4 +1,6 @@
-// Launches the kernels of window_attention.cuh, after a look at what they are asked for.
+// Launches the kernels of window_attention.cuh and epilogue.cuh, after a look at what they are
+// asked for.
+#include "epilogue.cuh"
 #include "kernels.h"
 #include "window_attention.cuh"
 
@@ -94,6 +96,71 @@ void launch_propagation(const void* from, void* to, int32_t batch, const WindowA
     }
 }
 
+int ceiling(int a, int b) { return (a + b - 1) / b; }
+
+bool lies_on(const void* place, int bytes) {
+    return reinterpret_cast<uintptr_t>(place) % bytes == 0;
+}
+
+// Whether every map and every part by pixel lies on a multiple of bytes.
+bool maps_lie_on(const MatEpilogue& p, int bytes) {
+    return lies_on(p.x, bytes) && lies_on(p.y, bytes) && lies_on(p.parts[MAT_SKIP], bytes) &&
+           lies_on(p.parts[MAT_NOISE], bytes) && lies_on(p.parts[MAT_RATIO], bytes);
+}
+
+dim3 channels_last_grid(const MatEpilogue& p, int rows) {
+    const int items = ceiling(p.channels, mat::kGroup) * mat::grown(p, p.width);
+    return dim3(ceiling(items, mat::kEpilogueThreads), ceiling(mat::grown(p, p.height), rows),
+                p.batch);
+}
+
+// Long columns share more of what the filter reads; short ones are for maps that would leave the
+// GPU idle.
+template <typename T, bool kFilter, bool kBare>
+void launch_channels_last(const MatEpilogue& p, cudaStream_t stream) {
+    constexpr int kLong = 8, kShort = 2;
+    const dim3 grid = channels_last_grid(p, kLong);
+    const int64_t blocks = int64_t{1} * grid.x * grid.y * grid.z;
+    if (blocks >= 8 * attribute_of_gpu(cudaDevAttrMultiProcessorCount)) {
+        start(mat::epilogue_channels_last<T, kFilter, kBare, kLong>, grid, mat::kEpilogueThreads,
+              stream, p);
+    } else {
+        start(mat::epilogue_channels_last<T, kFilter, kBare, kShort>,
+              channels_last_grid(p, kShort), mat::kEpilogueThreads, stream, p);
+    }
+}
+
+template <typename T, bool kFilter, int kCount>
+void launch_linear(const MatEpilogue& p, cudaStream_t stream) {
+    constexpr int kRows = 4;
+    const int items = mat::grown(p, p.width) / kCount * ceiling(mat::grown(p, p.height), kRows);
+    const dim3 grid(ceiling(items, mat::kEpilogueThreads), p.channels, p.batch);
+    start(mat::epilogue_linear<T, kFilter, kCount, kRows>, grid, mat::kEpilogueThreads, stream, p);
+}
+
+// As many columns at once as the map's rows allow.
+template <typename T, int kBytes>
+void launch_linear(const MatEpilogue& p, cudaStream_t stream) {
+    constexpr int kMost = 16 / kBytes;
+    if (p.filter) {
+        const bool pairs = (p.width | p.pad) % 2 == 0 && maps_lie_on(p, 2 * kBytes);
+        return pairs ? launch_linear<T, true, 2>(p, stream) : launch_linear<T, true, 1>(p, stream);
+    }
+    const bool wide = p.width % kMost == 0 && maps_lie_on(p, 16);
+    return wide ? launch_linear<T, false, kMost>(p, stream)
+                : launch_linear<T, false, 1>(p, stream);
+}
+
+template <typename T>
+void launch_half(const MatEpilogue& p, cudaStream_t stream) {
+    if (p.layout == MAT_LINEAR) return launch_linear<T, 2>(p, stream);
+    bool bare = p.filter && p.slope == 1.0f;
+    for (const void* part : p.parts) bare = bare && part == nullptr;
+    return bare       ? launch_channels_last<T, true, true>(p, stream)
+           : p.filter ? launch_channels_last<T, true, false>(p, stream)
+                      : launch_channels_last<T, false, false>(p, stream);
+}
+
 }  // namespace
 
 extern "C" const char* mat_attention_problem(const MatAttention* a) {
@@ -149,6 +216,45 @@ extern "C" int mat_propagate(const void* mask, void* out, int32_t batch, int32_t
         launch_propagation<int32_t>(mask, out, batch, p, stream);
     } else {
         launch_propagation<uint8_t>(mask, out, batch, p, stream);
+    }
+    return cudaGetLastError();
+}
+
+extern "C" const char* mat_epilogue_problem(const MatEpilogue* e) {
+    constexpr int kLargest = 32768;
+    if (e->batch < 1 || e->batch > kLargest || e->channels < 1 || e->channels > kLargest) {
+        return "batch and channels are from 1 to 32768";
+    }
+    if (e->filter != 0 && e->filter != 1) return "the filter is 0 or 1";
+    if (e->pad < 0 || e->pad > 2 * e->filter) return "the filter's padding is from 0 to 2";
+    for (const int side : {e->height, e->width}) {
+        if (side < 1 || side > kLargest || mat::grown(*e, side) < 1) {
+            return "a map's sides are from 1 to 32768, and the filter leaves some of them";
+        }
+    }
+    if (e->type != MAT_FLOAT && e->type != MAT_HALF && e->type != MAT_BFLOAT16) {
+        return "the type is FP32, FP16 or BF16";
+    }
+    if (e->layout != MAT_LINEAR && e->layout != MAT_CHANNELS_LAST) {
+        return "maps are linear or have their channels last";
+    }
+    if (e->layout == MAT_CHANNELS_LAST) {
+        if (e->type == MAT_FLOAT) return "maps with their channels last are of FP16 or BF16";
+        if (!lies_on(e->x, 16) || !lies_on(e->y, 16) || !lies_on(e->parts[MAT_SKIP], 16)) {
+            return "maps with their channels last lie on multiples of 16 bytes";
+        }
+    }
+    return nullptr;
+}
+
+extern "C" int mat_epilogue(const MatEpilogue* e, cudaStream_t stream) {
+    if (mat_epilogue_problem(e) != nullptr) return cudaErrorInvalidValue;
+    if (e->type == MAT_HALF) {
+        launch_half<__half>(*e, stream);
+    } else if (e->type == MAT_BFLOAT16) {
+        launch_half<__nv_bfloat16>(*e, stream);
+    } else {
+        launch_linear<float, 4>(*e, stream);
     }
     return cudaGetLastError();
 }

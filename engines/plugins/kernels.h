@@ -43,6 +43,40 @@ int mat_attention(const struct MatAttention* attention, cudaStream_t stream);
 int mat_propagate(const void* mask, void* out, int32_t batch, int32_t height, int32_t width,
                   int32_t window, int32_t shift, int32_t mask_type, cudaStream_t stream);
 
+// The parts of an epilogue beside its map, in the order they come in; epilogue.cuh has the formula.
+enum MatEpiloguePart {
+    MAT_SCALE = 0,  // [batch or 1, channels]
+    MAT_NOISE = 1,  // [batch or 1, height of y, width of y]
+    MAT_BIAS = 2,   // like scale
+    MAT_RATIO = 3,  // like noise
+    MAT_SKIP = 4,   // like y, of a batch or one image
+    MAT_STYLE = 5,  // like scale
+    MAT_PARTS = 6
+};
+
+// How maps lie: [batch, channels, height, width], or [batch, height, width, channels] with the
+// channels padded to a multiple of 8 (of FP16 and BF16 alone, on multiples of 16 bytes).
+enum MatLayout { MAT_LINEAR = 0, MAT_CHANNELS_LAST = 1 };
+
+// What stands between two convolutions. Everything is of one type.
+struct MatEpilogue {
+    const void* x;                 // a map
+    const void* parts[MAT_PARTS];  // by MatEpiloguePart; NULL: not there
+    void* y;                       // a map; a filter makes each side longer by 2·pad − 2
+    int32_t batched[MAT_PARTS];    // whether a part has an entry for each image
+    int32_t batch, channels, height, width;  // of x
+    int32_t filter, pad;  // 1: [1, 2, 1] ⊗ [1, 2, 1]/16 on each channel, with up to 2 zeros around
+    float gain, slope;    // of the filter; of negative numbers, where 1 leaves them
+    int32_t type;         // a MatType
+    int32_t layout;       // a MatLayout, of x, skip and y
+};
+
+// Why a launch would be refused, in a sentence, or NULL if it would not.
+const char* mat_epilogue_problem(const struct MatEpilogue* epilogue);
+
+// The epilogue on a stream, as mat_attention.
+int mat_epilogue(const struct MatEpilogue* epilogue, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

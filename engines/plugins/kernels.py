@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from mat_export.contract import UserError
 from mat_export.files import cache_folder
 
 __all__ = [
+    "EPILOGUE_PARTS",
     "MASK_TYPES",
     "SOURCES",
     "TYPES",
@@ -40,6 +41,9 @@ TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 MASK_TYPES = {"bool": 0, "int32": 1}
 """``MatMaskType`` by the name of an element type."""
 
+EPILOGUE_PARTS = ("scale", "noise", "bias", "ratio", "skip", "style")
+"""``MatEpiloguePart``, in order."""
+
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
 _NOT_SUPPORTED = 801
 
@@ -53,6 +57,21 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("window", "shift")),
         *((f"{name}_stride", ctypes.c_int32) for name in "qkvy"),
         *((name, ctypes.c_int32) for name in ("type", "mask_type")),
+    )
+
+
+class _Epilogue(ctypes.Structure):
+    """``struct MatEpilogue``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p * len(EPILOGUE_PARTS)),
+        ("y", ctypes.c_void_p),
+        ("batched", ctypes.c_int32 * len(EPILOGUE_PARTS)),
+        *((name, ctypes.c_int32) for name in ("batch", "channels", "height", "width")),
+        *((name, ctypes.c_int32) for name in ("filter", "pad")),
+        *((name, ctypes.c_float) for name in ("gain", "slope")),
+        *((name, ctypes.c_int32) for name in ("type", "layout")),
     )
 
 
@@ -85,6 +104,7 @@ class KernelLibrary:
         except OSError as error:
             raise UserError(f"the kernels in '{path}' do not load: {error}") from error
         self._library.mat_attention_problem.restype = ctypes.c_char_p
+        self._library.mat_epilogue_problem.restype = ctypes.c_char_p
         self._library.mat_propagate.argtypes = (
             *[ctypes.c_void_p] * 2,
             *[ctypes.c_int32] * 6,
@@ -131,8 +151,6 @@ class KernelLibrary:
             UserError: For a size or type that the kernels do not have.
             RuntimeError: If the launch fails.
         """
-        if dtype not in TYPES:
-            raise UserError(f"the kernels compute in {', '.join(TYPES)}, got '{dtype}'")
         call = _Attention(
             *(tokens.address for tokens in (q, k, v)),
             valid,
@@ -144,7 +162,7 @@ class KernelLibrary:
             window,
             shift,
             *(tokens.stride for tokens in (q, k, v, y)),
-            TYPES[dtype],
+            _type(dtype),
             _mask_type(mask_dtype),
         )
         problem = self._library.mat_attention_problem(ctypes.byref(call))
@@ -183,6 +201,62 @@ class KernelLibrary:
         """
         kind = _mask_type(mask_dtype)
         _check(self._library.mat_propagate(mask, out, *shape, window, shift, kind, stream))
+
+    def epilogue(
+        self,
+        x: int,
+        y: int,
+        parts: Mapping[str, tuple[int, bool]],
+        *,
+        shape: tuple[int, int, int, int],
+        dtype: str,
+        channels_last: bool = False,
+        pad: int | None = None,
+        gain: float = 1.0,
+        slope: float = 1.0,
+        stream: int = 0,
+    ) -> None:
+        """What stands between two convolutions; ``epilogue.cuh`` has the formula.
+
+        Args:
+            x: Address of a map.
+            y: Address for the result.
+            parts: By a name of EPILOGUE_PARTS, where it lies and whether it has an entry for each
+                image rather than one for all.
+            shape: B, C, H and W of x.
+            dtype: One of TYPES, of everything.
+            channels_last: x, skip and y lie as [B, H, W, C], C padded to a multiple of 8 and
+                addresses to 16 bytes; else as [B, C, H, W].
+            pad: Zeros around x for the filter, 0 to 2; None does not filter.
+            gain: Of the filter.
+            slope: Of negative numbers in the leaky ReLU.
+            stream: A cudaStream_t.
+
+        Raises:
+            UserError: For a size, type or layout that the kernels do not have.
+            RuntimeError: If the launch fails.
+        """
+        call = _Epilogue(
+            x=x,
+            y=y,
+            batch=shape[0],
+            channels=shape[1],
+            height=shape[2],
+            width=shape[3],
+            filter=pad is not None,
+            pad=pad or 0,
+            gain=gain,
+            slope=slope,
+            type=_type(dtype),
+            layout=channels_last,
+        )
+        for name, (address, batched) in parts.items():
+            call.parts[EPILOGUE_PARTS.index(name)] = address
+            call.batched[EPILOGUE_PARTS.index(name)] = batched
+        problem = self._library.mat_epilogue_problem(ctypes.byref(call))
+        if problem is not None:
+            raise UserError(f"fused epilogue: {problem.decode()}")
+        _check(self._library.mat_epilogue(ctypes.byref(call), ctypes.c_void_p(stream)))
 
 
 def open_kernels(capability: tuple[int, int]) -> KernelLibrary:
@@ -275,6 +349,12 @@ def _digest(version: Sequence[str], arguments: Sequence[str]) -> str:
         if path.suffix in (".cu", ".cuh", ".h"):
             state.update(path.read_bytes())
     return state.hexdigest()
+
+
+def _type(name: str) -> int:
+    if name not in TYPES:
+        raise UserError(f"the kernels compute in {', '.join(TYPES)}, got '{name}'")
+    return TYPES[name]
 
 
 def _mask_type(name: str) -> int:

@@ -80,10 +80,16 @@ inline int32_t type_of(nvinfer1::DataType type) {
 }
 
 // Whether a tensor of a node may be so, given the first one: packed, masks of INT32, and everything
-// else of one type.
+// else of one type. Maps of an epilogue may all have eight channels of a pixel side by side, as
+// convolutions in half precision like it.
 inline bool supports(Attributes const& attributes, int32_t position,
                      nvinfer1::PluginTensorDesc const& own,
                      nvinfer1::PluginTensorDesc const& first) {
+    if (attributes.is_epilogue() && attributes.is_map(position)) {
+        const bool last = own.format == nvinfer1::TensorFormat::kHWC8 && type_of(own.type) > 0;
+        if (own.format != nvinfer1::TensorFormat::kLINEAR && !last) return false;
+        return type_of(own.type) >= 0 && own.type == first.type && own.format == first.format;
+    }
     if (own.format != nvinfer1::TensorFormat::kLINEAR) return false;
     if (attributes.is_mask(position)) return own.type == nvinfer1::DataType::kINT32;
     return type_of(own.type) >= 0 && own.type == first.type;
@@ -95,12 +101,16 @@ inline bool supports(Attributes const& attributes, int32_t position,
 class FieldNames {
    public:
     explicit FieldNames(Operator kind) {
+        const bool epilogue = kind == Operator::kEpilogue;
         for (nvinfer1::PluginField& field : fields_) {
             field.type = nvinfer1::PluginFieldType::kINT32;
             field.length = 1;
         }
-        collection_.nbFields = kind == Operator::kPropagation ? 2 : 3;
-        collection_.fields = fields_.data();
+        for (int i = 0; i < MAT_PARTS; ++i) fields_[kParts + i].name = kPartNames[i];
+        fields_[kParts - 2].type = fields_[kParts - 1].type =
+            nvinfer1::PluginFieldType::kFLOAT32;
+        collection_.nbFields = epilogue ? kEpilogue : kind == Operator::kPropagation ? 2 : 3;
+        collection_.fields = fields_.data() + (epilogue ? 3 : 0);
     }
     FieldNames(FieldNames const&) = delete;
     FieldNames& operator=(FieldNames const&) = delete;
@@ -108,11 +118,25 @@ class FieldNames {
     nvinfer1::PluginFieldCollection const* get() const { return &collection_; }
 
    private:
-    std::array<nvinfer1::PluginField, 3> fields_ = {
+    static constexpr int kParts = 7, kEpilogue = 4 + MAT_PARTS;
+    std::array<nvinfer1::PluginField, kParts + MAT_PARTS> fields_ = {
         nvinfer1::PluginField("window"), nvinfer1::PluginField("shift"),
-        nvinfer1::PluginField("heads")};
+        nvinfer1::PluginField("heads"),  nvinfer1::PluginField("filter"),
+        nvinfer1::PluginField("pad"),    nvinfer1::PluginField("gain"),
+        nvinfer1::PluginField("slope")};
     nvinfer1::PluginFieldCollection collection_{};
 };
+
+// One number of a field; or a sentence on why it is none.
+template <typename Number>
+char const* read_field(nvinfer1::PluginField const& field, nvinfer1::PluginFieldType type,
+                       Number* place) noexcept {
+    if (field.type != type || field.length != 1 || field.data == nullptr) {
+        return "its attributes are one INT32 each, 'gain' and 'slope' one FLOAT32";
+    }
+    *place = *static_cast<Number const*>(field.data);
+    return nullptr;
+}
 
 // Whether a node's fields are attributes of an operator, which then are in `attributes`; otherwise
 // TensorRT's logger hears why.
@@ -123,13 +147,10 @@ inline bool read_node(Operator kind, nvinfer1::PluginFieldCollection const* give
     char const* problem = given == nullptr ? "it has no attributes" : nullptr;
     for (int32_t i = 0; problem == nullptr && i < given->nbFields; ++i) {
         nvinfer1::PluginField const& field = given->fields[i];
-        int32_t* place = attributes.find(field.name);
-        if (place == nullptr) continue;
-        if (field.type != nvinfer1::PluginFieldType::kINT32 || field.length != 1 ||
-            field.data == nullptr) {
-            problem = "its attributes are one INT32 each";
-        } else {
-            *place = *static_cast<int32_t const*>(field.data);
+        if (int32_t* place = attributes.find(field.name)) {
+            problem = read_field(field, nvinfer1::PluginFieldType::kINT32, place);
+        } else if (float* place = attributes.find_float(field.name)) {
+            problem = read_field(field, nvinfer1::PluginFieldType::kFLOAT32, place);
         }
     }
     if (problem == nullptr) problem = attributes.problem();
@@ -152,15 +173,64 @@ inline bool read_engine(Operator kind, void const* data, size_t size,
     return problem == nullptr;
 }
 
+// -- shapes
+
+// The output's: the first input's, but for what a filter's padding and reach make of an epilogue's.
+inline nvinfer1::DimsExprs output_shape(Attributes const& attributes,
+                                        nvinfer1::DimsExprs const& first,
+                                        nvinfer1::IExprBuilder& builder) {
+    nvinfer1::DimsExprs shape = first;
+    if (!attributes.is_epilogue() || attributes.filter == 0 || attributes.pad == 1) return shape;
+    auto const* more = builder.constant(2 * attributes.pad - 2);
+    for (int i = 2; i < 4; ++i) {
+        shape.d[i] = builder.operation(nvinfer1::DimensionOperation::kSUM, *first.d[i], *more);
+    }
+    return shape;
+}
+
+// -- words
+
+// What tells a node's plugin from others, in words.
+inline void write_text(Attributes const& a, char* text, size_t size) noexcept {
+    if (!a.is_epilogue()) {
+        std::snprintf(text, size, "%s %s: window %d, shift %d, heads %d", name_of(a.kind), kVersion,
+                      a.window, a.shift, a.heads);
+        return;
+    }
+    int length = std::snprintf(text, size, "%s %s: filter %d, pad %d, gain %g, slope %g",
+                               name_of(a.kind), kVersion, a.filter, a.pad, a.gain, a.slope);
+    for (int i = 0; i < MAT_PARTS; ++i) {
+        if (a.parts[i] == 0) continue;
+        length += std::snprintf(text + length, size - length, ", %s", kPartNames[i]);
+    }
+}
+
 // -- running
 
+// An epilogue on the tensors of a node.
+inline int32_t launch_epilogue(Attributes const& attributes, nvinfer1::PluginTensorDesc const* in,
+                               void const* const* inputs, void* output, cudaStream_t stream) {
+    nvinfer1::Dims shapes[kMostInputs];
+    for (int i = 0; i < attributes.inputs(); ++i) shapes[i] = in[i].dims;
+    const bool last = in[0].format == nvinfer1::TensorFormat::kHWC8;
+    MatEpilogue call = epilogue_of(attributes, shapes, type_of(in[0].type),
+                                   last ? MAT_CHANNELS_LAST : MAT_LINEAR);
+    call.x = inputs[0];
+    for (int i = 1; i < attributes.inputs(); ++i) call.parts[attributes.part_at(i)] = inputs[i];
+    call.y = output;
+    return mat_epilogue(&call, stream);
+}
+
 // Launches a node's kernel: nothing is allocated, and nothing waited for. Returns a cudaError_t.
-inline int32_t launch(Attributes const& attributes, nvinfer1::PluginTensorDesc const& first,
+inline int32_t launch(Attributes const& attributes, nvinfer1::PluginTensorDesc const* in,
                       void const* const* inputs, void* const* outputs,
                       cudaStream_t stream) noexcept {
+    nvinfer1::PluginTensorDesc const& first = in[0];
     nvinfer1::Dims const& shape = first.dims;
     int32_t status = 0;
-    if (attributes.kind == Operator::kPropagation) {
+    if (attributes.is_epilogue()) {
+        status = launch_epilogue(attributes, in, inputs, outputs[0], stream);
+    } else if (attributes.kind == Operator::kPropagation) {
         status = mat_propagate(inputs[0], outputs[0], static_cast<int32_t>(shape.d[0]),
                                static_cast<int32_t>(shape.d[2]), static_cast<int32_t>(shape.d[3]),
                                attributes.window, attributes.shift, MAT_MASK_INT32, stream);

@@ -17,8 +17,8 @@ class Plugin final : public IPluginV2DynamicExt {
     // -- what TensorRT asks while it builds
 
     DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t,
-                                  IExprBuilder&) noexcept override {
-        return inputs[0];
+                                  IExprBuilder& builder) noexcept override {
+        return mat::output_shape(attributes_, inputs[0], builder);
     }
 
     DataType getOutputDataType(int32_t, DataType const* types, int32_t) const noexcept override {
@@ -33,8 +33,8 @@ class Plugin final : public IPluginV2DynamicExt {
 
     void configurePlugin(DynamicPluginTensorDesc const* in, int32_t inputs,
                          DynamicPluginTensorDesc const*, int32_t) noexcept override {
-        std::array<Dims, 4> shapes{};
-        if (inputs > 4) return;
+        std::array<Dims, mat::kMostInputs> shapes{};
+        if (inputs > mat::kMostInputs) return;
         for (int32_t i = 0; i < inputs; ++i) shapes[i] = in[i].max;
         char const* problem = mat::shapes_problem(attributes_, shapes.data(), inputs);
         if (problem != nullptr) mat::complain(attributes_.kind, problem);
@@ -49,7 +49,7 @@ class Plugin final : public IPluginV2DynamicExt {
 
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
                     void* const* outputs, void*, cudaStream_t stream) noexcept override {
-        return mat::launch(attributes_, in[0], inputs, outputs, stream);
+        return mat::launch(attributes_, in, inputs, outputs, stream);
     }
 
     // -- housekeeping
@@ -110,10 +110,10 @@ class Creator final : public IPluginCreator {
     std::string namespace_;
 };
 
-std::array<IPluginCreator*, 3> const& creators() {
+std::array<IPluginCreator*, 4> const& creators() {
     static Creator masked(Operator::kMaskedAttention), plain(Operator::kAttention),
-        propagation(Operator::kPropagation);
-    static const std::array<IPluginCreator*, 3> all = {&masked, &plain, &propagation};
+        propagation(Operator::kPropagation), epilogue(Operator::kEpilogue);
+    static const std::array<IPluginCreator*, 4> all = {&masked, &plain, &propagation, &epilogue};
     return all;
 }
 

@@ -19,9 +19,7 @@ class Plugin final : public IPluginV3,
                      public IPluginV3OneRuntime {
    public:
     explicit Plugin(Attributes const& attributes) : attributes_(attributes) {
-        std::snprintf(text_, sizeof text_, "%s %s: window %d, shift %d, heads %d",
-                      mat::name_of(attributes.kind), mat::kVersion, attributes.window,
-                      attributes.shift, attributes.heads);
+        mat::write_text(attributes, text_, sizeof text_);
     }
     Plugin(Plugin const&) = delete;  // `stored_` points into it
     Plugin& operator=(Plugin const&) = delete;
@@ -53,9 +51,10 @@ class Plugin final : public IPluginV3,
     }
 
     int32_t getOutputShapes(DimsExprs const* in, int32_t inputs, DimsExprs const*, int32_t,
-                            DimsExprs* out, int32_t outputs, IExprBuilder&) noexcept override {
+                            DimsExprs* out, int32_t outputs,
+                            IExprBuilder& builder) noexcept override {
         if (outputs != 1 || inputs != attributes_.inputs()) return refused(kCount);
-        out[0] = in[0];
+        out[0] = mat::output_shape(attributes_, in[0], builder);
         return 0;
     }
 
@@ -83,7 +82,7 @@ class Plugin final : public IPluginV3,
 
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
                     void* const* outputs, void*, cudaStream_t stream) noexcept override {
-        return mat::launch(attributes_, in[0], inputs, outputs, stream);
+        return mat::launch(attributes_, in, inputs, outputs, stream);
     }
 
     IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
@@ -101,7 +100,7 @@ class Plugin final : public IPluginV3,
     template <typename Tensor, typename ShapeOf>
     int32_t checked(Tensor const* in, int32_t inputs, ShapeOf shape_of) const noexcept {
         if (inputs != attributes_.inputs()) return refused(kCount);
-        std::array<Dims, 4> shapes{};
+        std::array<Dims, mat::kMostInputs> shapes{};
         for (int32_t i = 0; i < inputs; ++i) shapes[i] = shape_of(in[i]);
         char const* problem = mat::shapes_problem(attributes_, shapes.data(), inputs);
         return problem == nullptr ? 0 : refused(problem);
@@ -110,7 +109,7 @@ class Plugin final : public IPluginV3,
     Attributes attributes_;
     PluginField stored_{"attributes", &attributes_, PluginFieldType::kINT32, kNumbers};
     PluginFieldCollection collection_{1, &stored_};
-    char text_[96];
+    char text_[160];
 };
 
 class Creator final : public IPluginCreatorV3One {
@@ -145,10 +144,11 @@ class Creator final : public IPluginCreatorV3One {
     mat::FieldNames names_;
 };
 
-std::array<IPluginCreatorInterface*, 3> const& creators() {
+std::array<IPluginCreatorInterface*, 4> const& creators() {
     static Creator masked(Operator::kMaskedAttention), plain(Operator::kAttention),
-        propagation(Operator::kPropagation);
-    static const std::array<IPluginCreatorInterface*, 3> all = {&masked, &plain, &propagation};
+        propagation(Operator::kPropagation), epilogue(Operator::kEpilogue);
+    static const std::array<IPluginCreatorInterface*, 4> all = {&masked, &plain, &propagation,
+                                                                &epilogue};
     return all;
 }
 

@@ -1,5 +1,6 @@
-// What the kernels ask of tensor cores, from compute capability 7.5 on. No more of CUDA's assembly
-// stands anywhere else, so that tests can run the kernels on a CPU with another form of this file.
+// What the kernels ask of half precision and of tensor cores, from compute capability 7.5 on. No
+// more of CUDA's assembly stands anywhere else, so that tests can run the kernels on a CPU with
+// another form of this file.
 #ifndef MAT_TENSOR_CORES
 #define MAT_TENSOR_CORES
 
@@ -19,12 +20,21 @@ struct Pair<__half> {
         const __half2 pair = __floats2half2_rn(a, b);
         return *reinterpret_cast<const uint32_t*>(&pair);
     }
+    __device__ static void unpack(uint32_t pair, float& a, float& b) {
+        const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+        a = both.x;
+        b = both.y;
+    }
 };
 template <>
 struct Pair<__nv_bfloat16> {
     __device__ static uint32_t pack(float a, float b) {
         const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
         return *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    __device__ static void unpack(uint32_t pair, float& a, float& b) {
+        a = __uint_as_float(pair << 16);
+        b = __uint_as_float(pair & 0xffff0000u);
     }
 };
 

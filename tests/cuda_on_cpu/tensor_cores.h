@@ -47,6 +47,10 @@ struct Pair {
     static uint32_t pack(float a, float b) {
         return rounded<T>(a) | static_cast<uint32_t>(rounded<T>(b)) << 16;
     }
+    static void unpack(uint32_t pair, float& a, float& b) {
+        a = widened<T>(static_cast<uint16_t>(pair));
+        b = widened<T>(static_cast<uint16_t>(pair >> 16));
+    }
 };
 
 // A number of a fragment that lane `lane` showed in word `word`, the lower or the upper half.

@@ -6,11 +6,11 @@ repository's root:
     PYTHONPATH=.:tests python tests/gpu/check_kernels.py -o kernels.json [--cases 200] [--seed 0]
     PYTHONPATH=.:tests python tests/gpu/check_kernels.py -o sanitizer.json --sanitize
 
-The first draws cases as ``test_kernels.py`` does, larger ones, after the hard ones and the
-network's own: errors within their bars, masks exact, nothing written outside the results, the same
-bits in every run and from a CUDA graph. Then PyTorch's operators on the kernels, eager, compiled
-and captured. The second runs ``sanitize.cu`` under compute-sanitizer's tools. Exit code 1 if a
-check fails.
+The first draws cases as ``test_kernels.py`` and ``test_epilogue_kernels.py`` do, larger ones, after
+the hard ones and the network's own: errors within their bars, masks exact, nothing written outside
+the results, the same bits in every run and from a CUDA graph. Then PyTorch's operators on the
+kernels, eager, compiled and captured. The second runs ``sanitize.cu`` under compute-sanitizer's
+tools. Exit code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from typing import Any
 
 import torch
 from attention_cases import BARS, HARD, NETWORK, Case, any_case, draw
-from kernel_harness import Answer, call_kernels, in_double
+from epilogue_cases import FORMS, Epilogue, any_epilogue
+from epilogue_cases import HARD as EPILOGUES
+from epilogue_cases import NETWORK as EPILOGUES_OF_THE_NETWORK
+from epilogue_cases import draw as draw_epilogue
+from epilogue_cases import holds as epilogue_holds
+from epilogue_cases import in_double as epilogue_in_double
+from kernel_harness import Answer, EpilogueAnswer, call_epilogue, call_kernels, in_double
 from torch import Tensor
 
 from engines.plugins import torch_operators
@@ -100,6 +106,7 @@ def check_all(count: int, seed: int) -> dict[str, Any]:
             report["worst"][dtype] = {"error": error, "case": f"{name}: {case}"}
     for dtype, worst in report["worst"].items():
         print(f"{dtype}: at most {worst['error']:.2e} ({worst['case']})")
+    check_epilogues(library, count, seed, report)
     print(f"{report['cases']} cases, each {RUNS} times and as a CUDA graph")
     report["operators"] = {}
     for test in (
@@ -177,6 +184,55 @@ def check(library: KernelLibrary, case: Case) -> float:
         if answer.alone is not None:
             assert torch.equal(answer.alone, mask), "the mask of the kernel of its own is wrong"
     return error
+
+
+# -- the fused epilogue ----------------------------------------------------------------------------
+
+
+def check_epilogues(library: KernelLibrary, count: int, seed: int, report: dict[str, Any]) -> None:
+    """Hold every case of the epilogue against the formula in FP64; failures go to the report."""
+    for name, case in all_epilogues(count, seed):
+        report["cases"] += 1
+        try:
+            check_epilogue(library, case)
+        except (AssertionError, RuntimeError) as failure:
+            report["failures"].append(f"epilogue, {name}: {failure}")
+            if "CUDA" in str(failure):
+                break
+
+
+def all_epilogues(count: int, seed: int) -> Iterable[tuple[str, Epilogue]]:
+    """The hard ones and the network's in every form, then drawn ones."""
+    for name, case in {**EPILOGUES, **EPILOGUES_OF_THE_NETWORK}.items():
+        for form, changes in FORMS.items():
+            yield f"{name}, {form}", replace(case, **changes)
+    pick = random.Random(seed).choice
+    for i in range(count):
+        yield f"drawn {i}", any_epilogue(pick, large=True)
+
+
+def check_epilogue(library: KernelLibrary, case: Epilogue) -> None:
+    """Hold a case against the formula. Raises AssertionError."""
+    x, parts = draw_epilogue(case)
+    x, parts = x.cuda(), {name: part.cuda() for name, part in parts.items()}
+
+    def call() -> EpilogueAnswer:
+        handle = torch.cuda.current_stream().cuda_stream
+        return call_epilogue(library, case, x, parts, stream=handle)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side_stream()):
+        answers = [call() for _ in range(RUNS)]
+        torch.cuda.synchronize()
+        graph.capture_begin()  # the poison is captured too
+        answers.append(call())
+        graph.capture_end()
+        graph.replay()
+    torch.cuda.synchronize()
+    first = answers[0].y()
+    epilogue_holds(case, first, epilogue_in_double(case, x, parts))
+    for answer in answers:
+        assert torch.equal(answer.y(), first), "another run, or the graph, gave other bits"
 
 
 # -- PyTorch's operators ---------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 from attention_cases import BARS, DENSE, NETWORK
+from epilogue_cases import FORMS, HARD
+from epilogue_cases import NETWORK as EPILOGUES
 from plugin_harness import Harness
 
 from engines.plugins.library import build_library, describe_library
@@ -51,6 +53,18 @@ def main() -> int:
                         failed += 1
                     else:
                         print(f"{what}: {error:.1e}, masks equal")
+            for name, epilogue in {**HARD, **EPILOGUES}.items():
+                for form, changes in FORMS.items():
+                    if changes["dtype"] not in dtypes:
+                        continue
+                    what = f"  epilogue, {name}, {form}"
+                    try:
+                        harness.check_epilogue(replace(epilogue, **changes))
+                    except AssertionError as failure:
+                        print(f"{what}: FAILED {failure}")
+                        failed += 1
+                    else:
+                        print(f"{what}: one rounding away")
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0
 

@@ -34,6 +34,24 @@ constexpr Case kCases[] = {
     {16, 0, 1, 1, 0, 2, 1, true, false, MAT_MASK_BYTE},
 };
 
+struct EpilogueCase {
+    int batch, channels, height, width;
+    int pad;  // of the filter; -1: none
+    bool parts, batched;
+    int layout;
+};
+
+constexpr EpilogueCase kEpilogueCases[] = {
+    {1, 16, 10, 18, 0, true, false, MAT_CHANNELS_LAST},
+    {2, 13, 9, 11, 2, true, true, MAT_CHANNELS_LAST},
+    {1, 24, 8, 7, 2, false, false, MAT_CHANNELS_LAST},
+    {2, 3, 5, 7, -1, true, true, MAT_CHANNELS_LAST},
+    {1, 16, 10, 18, 0, true, false, MAT_LINEAR},
+    {2, 13, 9, 11, 1, true, true, MAT_LINEAR},
+    {1, 4, 7, 16, -1, true, false, MAT_LINEAR},
+    {2, 3, 5, 7, -1, true, true, MAT_LINEAR},
+};
+
 void must(cudaError_t status) {
     if (status == cudaSuccess) return;
     std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(status));
@@ -160,12 +178,54 @@ bool passes(Case c, int type) {
     return bad == 0 && masks;
 }
 
+// Where the epilogue writes, and that it writes there: the numbers drawn give none that is poison.
+bool passes(EpilogueCase const& c, int type) {
+    if (type == MAT_FLOAT && c.layout == MAT_CHANNELS_LAST) return true;  // there is none
+    const size_t size = type == MAT_FLOAT ? 4 : 2;
+    const int more = c.pad < 0 ? 0 : 2 * c.pad - 2;
+    const size_t channels = c.layout == MAT_LINEAR ? c.channels : (c.channels + 7) / 8 * 8;
+    const size_t pixels = static_cast<size_t>(c.height + more) * (c.width + more);
+    const size_t images = c.batched ? c.batch : 1;
+    MatEpilogue e{};
+    e.batch = c.batch;
+    e.channels = c.channels;
+    e.height = c.height;
+    e.width = c.width;
+    e.filter = c.pad >= 0;
+    e.pad = c.pad < 0 ? 0 : c.pad;
+    e.gain = 1.0f;
+    e.slope = c.parts ? 0.2f : 1.0f;
+    e.type = type;
+    e.layout = c.layout;
+    const Memory x(numbers(c.batch * channels * c.height * c.width, type));
+    const Memory y(std::vector<uint8_t>(c.batch * channels * pixels * size, kPoison));
+    const Memory by_channel(numbers(images * c.channels, type));
+    const Memory by_pixel(numbers(images * pixels, type));
+    const Memory skip(numbers(images * channels * pixels, type));
+    e.x = x.as<void>();
+    e.y = y.as<void>();
+    for (int part = 0; c.parts && part < MAT_PARTS; ++part) {
+        const bool pixel = part == MAT_NOISE || part == MAT_RATIO;
+        e.parts[part] = (part == MAT_SKIP ? skip : pixel ? by_pixel : by_channel).as<void>();
+        e.batched[part] = c.batched;
+    }
+    must(static_cast<cudaError_t>(mat_epilogue(&e, nullptr)));
+    must(cudaDeviceSynchronize());
+    const int bad = wrong(y.bytes(), size, 1, 1);
+    std::printf("epilogue of %dx%dx%dx%d, padding %d, %s, layout %d, type %d: %s\n", c.batch,
+                c.channels, c.height, c.width, c.pad, c.parts ? "all parts" : "no parts", c.layout,
+                type, bad ? "FAILED" : "written");
+    if (bad) std::printf("  %d elements unwritten\n", bad);
+    return bad == 0;
+}
+
 }  // namespace
 
 int main() {
     bool good = true;
     for (int type : {MAT_FLOAT, MAT_HALF, MAT_BFLOAT16}) {
         for (Case const& c : kCases) good &= passes(c, type);
+        for (EpilogueCase const& c : kEpilogueCases) good &= passes(c, type);
     }
     return good ? 0 : 1;
 }

@@ -13,6 +13,7 @@ from onnx import TensorProto
 from mat_export.bench import example_inputs
 from mat_export.contract import OPERATOR_DOMAIN, GraphSpec, UserError, mask_state_names
 from mat_export.engine_graph import PLUGIN_OPERATORS, prepare_engine_graph, spec_of
+from mat_export.epilogues import expand_epilogues
 from mat_export.functions import function_library
 from mat_export.parity import compare
 from mat_export.runners import OrtRunner
@@ -132,6 +133,7 @@ def test_with_plugins_the_operators_are_calls_of_what_their_functions_say(
     onnx.checker.check_model(graph.model, full_check=True)
     assert len(graph.model.graph.node) < 0.75 * len(plain.model.graph.node)
     # With the functions back it is a graph that anyone runs, and the picture is the same.
+    expand_epilogues(graph.model)
     graph.model.functions.extend(plugin_functions())
     inputs = example_inputs(graph.spec, 1)
     hole = inputs["mask"][:, 0] < 0.5
@@ -148,6 +150,7 @@ def test_mask_states_are_the_same_behind_plugins(tiny_onnx: Path) -> None:
     plain = prepare_engine_graph(tiny_onnx, "fp32", opset=17, mask_states=True)
     graph = prepare_engine_graph(tiny_onnx, "fp32", opset=17, mask_states=True, plugins=True)
     onnx.checker.check_model(graph.model, full_check=True)
+    expand_epilogues(graph.model)
     graph.model.functions.extend(plugin_functions())
     inputs = example_inputs(graph.spec, 1)
     with OrtRunner(plain.model.SerializeToString()) as a:

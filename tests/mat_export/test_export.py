@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 
 from mat_export import export, functions
 from mat_export.contract import OPERATOR_DOMAIN, GraphSpec, UserError, mask_state_names
+from mat_export.engine_graph import prepare_engine_graph
 from mat_export.export import ExportReport, count_nodes, export_onnx
 from mat_export.files import file_digest
 from mat_export.inference import REWRITES, InferenceGenerator
@@ -517,6 +518,13 @@ def test_the_published_size_stays_within_its_bounds(tmp_path: Path) -> None:
     assert report.nodes <= 700
     assert report.bytes == path.stat().st_size <= 260 * 10**6
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mat.onnx", "mat.onnx.json"]
+    # What plugins find in it; another number means that a pass over the graph misses something.
+    assert prepare_engine_graph(path, "fp16", opset=17, plugins=True).passes["plugins"] == {
+        "FusedEpilogue": 24,
+        "MaskPropagation": 5,
+        "MaskedWindowAttention": 5,
+        "WindowAttention": 9,
+    }
 
 
 def test_tensorrt_parses_the_file_as_it_is(exported: Exported) -> None:

@@ -360,7 +360,8 @@ def by_kernel(case: Case, inputs: Arrays, library: KernelLibrary) -> dict[str, T
 def by_plugin(case: Case, inputs: Arrays, harness: Harness) -> dict[str, Tensor]:
     """The TensorRT plugins around the kernels."""
     t = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    cut = attention.effective_window(*case.grid, case.window, case.shift)
+    window, shift = attention.effective_window(*case.grid, case.window, case.shift)
+    cut = f"window={window} shift={shift}"
     qkv = [t["q"], t["k"], t["v"]]
     masks = as_integers(t["valid"])
     own = masks.expand(case.batch, -1, -1, -1).contiguous()  # a mask an image
@@ -370,12 +371,12 @@ def by_plugin(case: Case, inputs: Arrays, harness: Harness) -> dict[str, Tensor]
         "propagated": torch.full_like(masks, -1),
     }
     calls = (
-        (functions.ATTENTION, case.heads, [*qkv, own]),
-        (functions.UNMASKED_ATTENTION, case.heads, qkv),
-        (functions.PROPAGATION, -1, [masks]),
+        (functions.ATTENTION, f"{cut} heads={case.heads}", [*qkv, own]),
+        (functions.UNMASKED_ATTENTION, f"{cut} heads={case.heads}", qkv),
+        (functions.PROPAGATION, cut, [masks]),
     )
-    for (name, heads, tensors), out in zip(calls, results.values(), strict=True):
-        assert harness.play(name, cut, heads, tensors, out) == 0, (name, harness.last_line)
+    for (name, attributes, tensors), out in zip(calls, results.values(), strict=True):
+        assert harness.play(name, attributes, tensors, out) == 0, (name, harness.last_line)
     propagated = results["propagated"].bool()
     assert torch.equal(results["propagated"], propagated.to(masks.dtype))
     return {**results, "propagated": propagated}
