@@ -32,6 +32,7 @@ from mat_export.parity import load_onnx
 from mat_export.plugin_masks import PLUGIN_OPERATORS, masks_as_integers
 from mat_export.precision import PRECISIONS, apply_precision, require_source
 from mat_export.resampling import resample_densely
+from mat_export.token_maps import tokens_as_maps
 
 __all__ = [
     "ENGINE_PRECISIONS",
@@ -101,7 +102,7 @@ def prepare_engine_graph(
     opset: int,
     mask_states: bool = False,
     plugins: bool = False,
-    epilogues: bool = True,
+    quick: bool = False,
 ) -> EngineGraph:
     """Prepare an exported model for a TensorRT backend.
 
@@ -112,8 +113,8 @@ def prepare_engine_graph(
         mask_states: Give the masks of stage one as outputs too, for a parity check.
         plugins: Leave PLUGIN_OPERATORS to a plugin library: the graph calls them, and nothing in
             it says what they do. Their masks are INT32.
-        epilogues: With plugins, fuse what stands between convolutions into FusedEpilogue too;
-            quick plugins have no kernel for it.
+        quick: The plugins are quick ones, which have the operators of the exported file alone.
+            For others what stands between convolutions is fused, and in 16 bits tokens are maps.
 
     Raises:
         UserError: If there is no such file, it is not ours, not in the precision
@@ -127,7 +128,7 @@ def prepare_engine_graph(
         opset=opset,
         mask_states=mask_states,
         plugins=plugins,
-        epilogues=epilogues,
+        quick=quick,
         label=f"'{path}'",
     )
 
@@ -139,7 +140,7 @@ def prepare_model(
     opset: int,
     mask_states: bool = False,
     plugins: bool = False,
-    epilogues: bool = True,
+    quick: bool = False,
     label: str = "the model",
 ) -> EngineGraph:
     """`prepare_engine_graph` of a loaded model."""
@@ -174,7 +175,9 @@ def prepare_model(
     if mask_states:
         passes["mask_states"] = _give_mask_states(dense, spec)
     if plugins:  # behind the mask states, which are read beside the calls
-        if epilogues:
+        if not quick:
+            if precision in ("fp16", "bf16"):
+                tokens_as_maps(dense)
             fuse_epilogues(dense)
         calls = Counter(node.op_type for node in dense.graph.node)
         passes["plugins"] = {name: calls[name] for name in sorted(PLUGIN_OPERATORS)}

@@ -12,13 +12,20 @@ from onnx import TensorProto, helper
 
 from mat_export.contract import OPERATOR_DOMAIN
 from mat_export.functions import ATTENTION, EPILOGUE, PROPAGATION, UNMASKED_ATTENTION
+from mat_export.token_maps import MAP_ATTENTION, TOKEN_NORM, UNMASKED_MAP_ATTENTION
 
 __all__ = ["PLUGIN_OPERATORS", "masks_as_integers"]
 
-PLUGIN_OPERATORS = frozenset((ATTENTION, UNMASKED_ATTENTION, PROPAGATION, EPILOGUE))
-"""The operators that a plugin library has kernels for."""
+PLUGIN_OPERATORS = frozenset(
+    (
+        *(ATTENTION, UNMASKED_ATTENTION, PROPAGATION),
+        *(EPILOGUE, MAP_ATTENTION, UNMASKED_MAP_ATTENTION, TOKEN_NORM),
+    )
+)
+"""The operators that a plugin library has kernels for: those of an exported file, and those that a
+graph for plugins is rewritten in."""
 
-_MASK_INPUT = {ATTENTION: 3, PROPAGATION: 0}
+_MASK_INPUT = {ATTENTION: 3, MAP_ATTENTION: 2, PROPAGATION: 0}
 """Which input of an operator is a mask."""
 
 

@@ -121,6 +121,79 @@ class Harness:
             assert torch.equal(mask, ops.mask_propagation(valid, *cut).to(mask.dtype)), case
         return error
 
+    def check_maps(self, case: Case) -> None:
+        """Hold the operators on maps against the PyTorch reference in FP32.
+
+        Queries and keys of tokens of length one, values, and a mask, as a block has them.
+
+        Raises:
+            AssertionError: If a stage fails, or an error is above its bar.
+        """
+        q, k, v, valid = (None if x is None else x.contiguous() for x in draw(case))
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        channels = v.shape[3]
+        # A norm, of tokens among which one has no length.
+        x = v.permute(0, 3, 1, 2).clone()
+        x[0, :, 0, 0] = 0.0
+        y = self._play_on_maps("TokenNorm", "floor=0.25", [packed(x)], x)
+        wide = x.float()
+        unit = wide / wide.norm(dim=1, keepdim=True).clamp(min=0.25)
+        torch.testing.assert_close(y.float(), unit, rtol=2 * BARS[case.dtype], atol=1e-6)
+        # Attention.
+        both = torch.cat([q, k], dim=3).permute(0, 3, 1, 2)
+        value = v.permute(0, 3, 1, 2)
+        given = [packed(both), packed(value)]
+        name, attributes = "MapAttention", f"window={case.window} shift={case.shift}"
+        if valid is not None:
+            name = "MaskedMapAttention"
+            given.append(as_integers(valid.expand(v.shape[0], -1, -1, -1).contiguous()))
+        y = self._play_on_maps(name, f"{attributes} heads={case.heads}", given, value, both)
+        expected = ops.masked_window_attention(
+            *(t.float() for t in (q, k, v)), valid, case.window, case.shift, case.heads
+        ).permute(0, 3, 1, 2)
+        error = float((y.float() - expected).norm() / expected.norm())
+        assert y.shape[1] == channels
+        assert error <= BARS[case.dtype], (case, error)
+
+    def _play_on_maps(
+        self,
+        name: str,
+        attributes: str,
+        given: list[Tensor],
+        like: Tensor,
+        first: Tensor | None = None,
+    ) -> Tensor:
+        """The result of an operator whose floating-point tensors have their channels last."""
+        maps = [like if first is None else first, like][: len(given)]
+        shapes = [tuple(t.shape) for t in maps] + [tuple(t.shape) for t in given[len(maps) :]]
+        formats = [HWC8 if t.is_floating_point() else LINEAR for t in given]
+        y = torch.full_like(packed(like), torch.nan)
+        shapes, formats = [*shapes, tuple(like.shape)], [*formats, HWC8]
+        status = self.play(name, attributes, given, y, shapes, formats)
+        assert status == 0, (name, attributes, status, self.last_line)
+        return unpacked(y, like.shape[1])
+
+    def check_map_formats(self) -> None:
+        """Hold the operators on maps to half precision with the channels last.
+
+        Raises:
+            AssertionError: If that is refused, or anything else taken.
+        """
+        mask = torch.ones((1, 1, 8, 8), dtype=torch.int32)
+        for dtype in (torch.float32, torch.float16):
+            x, both = torch.zeros((1, 4, 8, 8), dtype=dtype), torch.zeros((1, 8, 8, 8), dtype=dtype)
+            for name, attributes, tensors in (
+                ("TokenNorm", "floor=0.5", [x, x]),
+                ("MapAttention", "window=8 shift=0 heads=2", [both, x, x]),
+                ("MaskedMapAttention", "window=8 shift=0 heads=2", [both, x, mask, x]),
+            ):
+                good = [HWC8 if t.is_floating_point() else LINEAR for t in tensors]
+                for formats in itertools.product((LINEAR, HWC8), repeat=len(tensors)):
+                    fits = dtype == torch.float16 and [*formats] == good
+                    assert self.fit(name, attributes, tensors, [*formats]) == fits, (name, formats)
+
     def check_masks(self) -> None:
         """Hold the plugins to masks of integers, as TensorRT has no plugin with bools.
 

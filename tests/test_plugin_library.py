@@ -280,6 +280,9 @@ def test_a_registry_of_nvidias_lists_its_creators(compiled: Path) -> None:
         ["WindowAttention", "1", ["window", "shift", "heads"]],
         ["MaskPropagation", "1", ["window", "shift"]],
         ["FusedEpilogue", "1", ["filter", "pad", "gain", "slope", *EPILOGUE_PARTS]],
+        ["MaskedMapAttention", "1", ["window", "shift", "heads"]],
+        ["MapAttention", "1", ["window", "shift", "heads"]],
+        ["TokenNorm", "1", ["floor"]],
     ]
 
 

@@ -71,3 +71,17 @@ def test_maps_of_the_epilogue_are_linear_or_have_channels_last(harness: Harness)
 def test_an_epilogue_that_no_kernel_has_is_refused(harness: Harness) -> None:
     assert harness.refused("FusedEpilogue", "filter=1 pad=3")
     assert harness.last_line == "mat::FusedEpilogue: attribute 'pad' is from 0 to 2, of a filter"
+
+
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE.keys())
+def test_the_operators_on_maps_live_through_build_and_run(harness: Harness, case: Case) -> None:
+    harness.check_maps(replace(case, dtype=torch.float16))
+
+
+def test_maps_for_tokens_have_channels_last(harness: Harness) -> None:
+    harness.check_map_formats()
+
+
+def test_a_norm_without_a_floor_is_refused(harness: Harness) -> None:
+    assert harness.refused("TokenNorm", "floor=0.0")
+    assert harness.last_line == "mat::TokenNorm: attribute 'floor' is above 0"

@@ -28,8 +28,9 @@ from mat_export.contract import UserError
 FLOATS = {TYPES[dtype] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 INT32 = TYPES[torch.int32]
 INPUTS = {"MaskedWindowAttention": 4, "WindowAttention": 3, "MaskPropagation": 1}
+MORE = ("FusedEpilogue", "MaskedMapAttention", "MapAttention", "TokenNorm")
 CUT = "window=8 shift=4 heads=2"
-REST = [0] * 10
+REST = [0] * 11
 """What an engine holds of an attention behind its heads."""
 
 GOOD = {
@@ -109,16 +110,16 @@ def test_attributes_that_no_kernel_has_are_refused_in_a_sentence(
     ("numbers", "words"),
     [
         ([1, 1, 8, 4, 6], "another version of this library"),
-        ([2, 1, 8, 4, 6, *REST, 0], "another version of this library"),
-        ([1, 1, 8, 4, 6, *REST], "of another version"),
-        ([2, 2, 8, 4, 6, *REST], "another operator"),
-        ([2, 1, 8, 9, 6, *REST], "attribute 'shift'"),
+        ([3, 1, 8, 4, 6, *REST, 0], "another version of this library"),
+        ([2, 1, 8, 4, 6, *REST], "of another version"),
+        ([3, 2, 8, 4, 6, *REST], "another operator"),
+        ([3, 1, 8, 9, 6, *REST], "attribute 'shift'"),
     ],
 )
 def test_what_another_library_serialized_is_refused_in_a_sentence(
     harness: Harness, numbers: list[int], words: str
 ) -> None:
-    assert not unread(harness, [2, 1, 8, 4, 6, *REST])
+    assert not unread(harness, [3, 1, 8, 4, 6, *REST])
     assert unread(harness, numbers)
     assert words in harness.last_line
 
@@ -208,8 +209,8 @@ def test_maps_of_the_epilogue_are_linear_or_have_channels_last(harness: Harness)
         ("filter=1 pad=3", "attribute 'pad' is from 0 to 2, of a filter"),
         ("filter=0 pad=1", "attribute 'pad' is from 0 to 2, of a filter"),
         ("skip=2", "attributes that name a part are 0 or 1"),
-        ("gain=1", "its attributes are one INT32 each, 'gain' and 'slope' one FLOAT32"),
-        ("skip=1.0", "its attributes are one INT32 each, 'gain' and 'slope' one FLOAT32"),
+        ("gain=1", "its attributes are one INT32 each, 'gain', 'slope' and 'floor' one FLOAT32"),
+        ("skip=1.0", "its attributes are one INT32 each, 'gain', 'slope' and 'floor' one FLOAT32"),
     ],
 )
 def test_epilogues_that_no_kernel_has_are_refused_in_a_sentence(
@@ -290,5 +291,20 @@ def test_opening_the_library_finds_the_tensorrt_of_its_headers_alone(
     )
     heard = "mat::WindowAttention: attribute 'window' is 8 or 16"
     assert json.loads(done.stdout) == (
-        [" ".join([*INPUTS, "FusedEpilogue"]), "", 4, heard] if known else ["", "", 4, ""]
+        [" ".join([*INPUTS, *MORE]), "", 7, heard] if known else ["", "", 7, ""]
     )
+
+
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE.keys())
+def test_the_operators_on_maps_live_through_build_and_run(harness: Harness, case: Case) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        harness.check_maps(replace(case, dtype=dtype))
+
+
+def test_maps_for_tokens_have_channels_last(harness: Harness) -> None:
+    harness.check_map_formats()
+
+
+def test_a_norm_without_a_floor_is_refused(harness: Harness) -> None:
+    assert harness.refused("TokenNorm", "floor=0.0")
+    assert harness.last_line == "mat::TokenNorm: attribute 'floor' is above 0"

@@ -6,8 +6,13 @@
 //   mat::FusedEpilogue(x, parts…; filter, pad, gain, slope, scale, noise, bias, ratio, skip,
 //                      style) → y
 //
+//   mat::MaskedMapAttention(query_key, value, mask; window, shift, heads) → y
+//   mat::MapAttention(query_key, value; window, shift, heads) → y
+//   mat::TokenNorm(x; floor) → y
+//
 // q, k, v, y: [B, H, W, heads·head_size]; mask: INT32 [B, 1, H, W], 0 where a token is not valid,
-// since plugins have no bools (NvInferRuntimePlugin.h, PluginTensorDesc). An epilogue's last six
+// since plugins have no bools (NvInferRuntimePlugin.h, PluginTensorDesc). The last three take and give
+// maps [B, C, H, W], with twice the channels for queries and keys together. An epilogue's last six
 // attributes are 0 or 1 each and say which parts follow x [B, C, H, W], in that order: skip
 // [B or 1, C, H, W] like y, noise and ratio [B or 1, 1, H, W], the others [B or 1, C, 1, 1].
 #pragma once
@@ -24,11 +29,15 @@ enum class Operator : int32_t {
     kMaskedAttention = 0,
     kAttention = 1,
     kPropagation = 2,
-    kEpilogue = 3
+    kEpilogue = 3,
+    kMaskedMapAttention = 4,
+    kMapAttention = 5,
+    kTokenNorm = 6
 };
 
 constexpr char const* kNames[] = {"MaskedWindowAttention", "WindowAttention", "MaskPropagation",
-                                  "FusedEpilogue"};
+                                  "FusedEpilogue", "MaskedMapAttention", "MapAttention",
+                                  "TokenNorm"};
 constexpr char const* kPartNames[MAT_PARTS] = {"scale", "noise", "bias", "ratio", "skip", "style"};
 constexpr int kMostInputs = 1 + MAT_PARTS;
 constexpr char const* kVersion = "1";
@@ -36,21 +45,32 @@ constexpr int kLargestSide = 1 << 15;  // of any axis, so that no product overfl
 
 // One node's attributes; also what a serialized engine holds of them, so its layout stays.
 struct Attributes {
-    int32_t format = 2;  // of this struct
+    int32_t format = 3;  // of this struct
     Operator kind = Operator::kMaskedAttention;
     int32_t window = 0, shift = 0;
     int32_t heads = 0;              // of an attention; from here on of an epilogue
     int32_t filter = 0, pad = 0;
     int32_t parts[MAT_PARTS] = {};  // whether it has each, by MatEpiloguePart
     float gain = 1.0f, slope = 1.0f;
+    float floor = 0.0f;             // of a norm
 
     bool is_epilogue() const { return kind == Operator::kEpilogue; }
+
+    bool is_map_attention() const {
+        return kind == Operator::kMaskedMapAttention || kind == Operator::kMapAttention;
+    }
+
+    // Whether its maps have their channels last, whatever else TensorRT would like.
+    bool is_channels_last() const { return is_map_attention() || kind == Operator::kTokenNorm; }
 
     int inputs() const {
         switch (kind) {
             case Operator::kMaskedAttention: return 4;
             case Operator::kAttention: return 3;
             case Operator::kPropagation: return 1;
+            case Operator::kMaskedMapAttention: return 3;
+            case Operator::kMapAttention: return 2;
+            case Operator::kTokenNorm: return 1;
             case Operator::kEpilogue: break;
         }
         int count = 1;
@@ -77,16 +97,20 @@ struct Attributes {
     // Whether a tensor of the node, counted from its first input on to its output, is a mask.
     bool is_mask(int position) const {
         return kind == Operator::kPropagation ||
-               (kind == Operator::kMaskedAttention && position == 3);
+               (kind == Operator::kMaskedAttention && position == 3) ||
+               (kind == Operator::kMaskedMapAttention && position == 2);
     }
 
     // A sentence on what is wrong, or null.
     char const* problem() const {
-        if (format != 2) return "the engine's plugin is of another version: build the engine again";
-        if (kind < Operator::kMaskedAttention || kind > Operator::kEpilogue) {
+        if (format != 3) return "the engine's plugin is of another version: build the engine again";
+        if (kind < Operator::kMaskedAttention || kind > Operator::kTokenNorm) {
             return "the engine names an operator that this library does not have";
         }
         if (is_epilogue()) return epilogue_problem();
+        if (kind == Operator::kTokenNorm) {
+            return floor > 0.0f && std::isfinite(floor) ? nullptr : "attribute 'floor' is above 0";
+        }
         if (window != 8 && window != 16) return "attribute 'window' is 8 or 16";
         if (shift < 0 || shift >= window) return "attribute 'shift' is from 0 to below the window";
         if (kind != Operator::kPropagation && heads < 1) return "attribute 'heads' is from 1 up";
@@ -122,11 +146,12 @@ struct Attributes {
     float* find_float(char const* name) {
         if (std::strcmp(name, "gain") == 0) return &gain;
         if (std::strcmp(name, "slope") == 0) return &slope;
+        if (std::strcmp(name, "floor") == 0) return &floor;
         return nullptr;
     }
 };
 
-static_assert(sizeof(Attributes) == 15 * sizeof(int32_t), "engines hold it as fifteen words");
+static_assert(sizeof(Attributes) == 16 * sizeof(int32_t), "engines hold it as sixteen words");
 
 // A call on tensors [B, H, W, C], densely packed.
 template <typename Shape>
@@ -144,6 +169,48 @@ MatAttention call_of(Attributes const& attributes, Shape const& q, int32_t type)
     call.type = type;
     call.mask_type = MAT_MASK_INT32;
     return call;
+}
+
+// Channels that a pixel of a map has in memory where they come last.
+inline int32_t padded(int64_t channels) { return static_cast<int32_t>((channels + 7) / 8 * 8); }
+
+// A call on maps with their channels last: queries and keys together, and values.
+template <typename Shape>
+MatAttention map_call_of(Attributes const& attributes, Shape const* shapes, int32_t type) {
+    MatAttention call{};
+    call.batch = static_cast<int32_t>(shapes[1].d[0]);
+    call.height = static_cast<int32_t>(shapes[1].d[2]);
+    call.width = static_cast<int32_t>(shapes[1].d[3]);
+    call.heads = attributes.heads;
+    const int32_t channels = static_cast<int32_t>(shapes[1].d[1]);
+    call.head_size = channels / attributes.heads;
+    call.window = attributes.window;
+    call.shift = attributes.shift;
+    call.q_stride = call.k_stride = padded(2 * channels);
+    call.v_stride = call.y_stride = padded(channels);
+    call.y_padding = padded(channels) - channels;
+    call.type = type;
+    call.mask_type = MAT_MASK_INT32;
+    return call;
+}
+
+template <typename Shape>
+char const* map_shapes_problem(Attributes const& attributes, Shape const* shapes) {
+    Shape const &both = shapes[0], &value = shapes[1];
+    if (both.d[0] != value.d[0] || both.d[1] != 2 * value.d[1] || both.d[2] != value.d[2] ||
+        both.d[3] != value.d[3]) {
+        return "queries and keys are not [B, 2C, H, W] of the values' [B, C, H, W]";
+    }
+    if (value.d[1] % attributes.heads) return "the features are no multiple of the heads";
+    if (attributes.kind == Operator::kMaskedMapAttention) {
+        Shape const& mask = shapes[2];
+        if (mask.d[0] != value.d[0] || mask.d[1] != 1 || mask.d[2] != value.d[2] ||
+            mask.d[3] != value.d[3]) {
+            return "the mask is not [B, 1, H, W] of the values' grid";
+        }
+    }
+    const MatAttention call = map_call_of(attributes, shapes, MAT_HALF);
+    return mat_attention_problem(&call);
 }
 
 // An epilogue on tensors of these shapes, none of which it has the address of.
@@ -201,6 +268,8 @@ char const* shapes_problem(Attributes const& attributes, Shape const* shapes, in
         }
     }
     if (attributes.is_epilogue()) return epilogue_shapes_problem(attributes, shapes);
+    if (attributes.is_map_attention()) return map_shapes_problem(attributes, shapes);
+    if (attributes.kind == Operator::kTokenNorm) return nullptr;
     Shape const& first = shapes[0];
     if (attributes.kind == Operator::kPropagation) {
         if (first.d[1] != 1) return "the mask is [B, 1, H, W]";

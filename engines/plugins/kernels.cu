@@ -1,7 +1,7 @@
-// Launches the kernels of window_attention.cuh and epilogue.cuh, after a look at what they are
-// asked for.
+// Launches the kernels of the .cuh files beside this one, after a look at what they are asked for.
 #include "epilogue.cuh"
 #include "kernels.h"
+#include "token_norm.cuh"
 #include "window_attention.cuh"
 
 namespace {
@@ -25,7 +25,8 @@ WindowAttention of(const MatAttention& a) {
     const int shift = shift_of(a.height, a.width, a.window, a.shift);
     return {a.q,      a.k,         a.v,      a.valid, a.y,        a.propagated, a.batch,   a.height,
             a.width,  a.heads,     a.head_size, a.window, shift, a.q_stride,  a.k_stride,
-            a.v_stride, a.y_stride, a.mask_type == MAT_MASK_INT32};
+            a.v_stride, a.y_stride, a.mask_type == MAT_MASK_INT32,
+            a.y_padding};
 }
 
 const char* grid_problem(int32_t batch, int32_t height, int32_t width, int32_t window,
@@ -181,6 +182,10 @@ extern "C" const char* mat_attention_problem(const MatAttention* a) {
     if ((a->q_stride | a->k_stride | a->v_stride | a->y_stride) % 2) {
         return "the strides of tokens are even";
     }
+    if (a->y_padding < 0 || a->y_padding % 2 || a->y_padding > a->y_stride - least) {
+        return "what is set to 0 behind a token is even and lies before the next one";
+    }
+    if (a->y_padding > 0 && a->type == MAT_FLOAT) return "FP32 sets nothing to 0 behind a token";
     return nullptr;
 }
 
@@ -255,6 +260,32 @@ extern "C" int mat_epilogue(const MatEpilogue* e, cudaStream_t stream) {
         launch_half<__nv_bfloat16>(*e, stream);
     } else {
         launch_linear<float, 4>(*e, stream);
+    }
+    return cudaGetLastError();
+}
+
+extern "C" const char* mat_token_norm_problem(const MatTokenNorm* n) {
+    constexpr int kLargest = 32768;
+    for (const int side : {n->batch, n->channels, n->height, n->width}) {
+        if (side < 1 || side > kLargest) return "the axes of a map are from 1 to 32768";
+    }
+    if (n->type != MAT_HALF && n->type != MAT_BFLOAT16) return "the type is FP16 or BF16";
+    if (!(n->floor > 0.0f)) return "the norm's floor is above 0";
+    if (!lies_on(n->x, 4) || !lies_on(n->y, 4)) return "maps lie on multiples of 4 bytes";
+    return nullptr;
+}
+
+extern "C" int mat_token_norm(const MatTokenNorm* n, cudaStream_t stream) {
+    if (mat_token_norm_problem(n) != nullptr) return cudaErrorInvalidValue;
+    const int64_t tokens = int64_t{1} * n->batch * n->height * n->width;
+    constexpr int kWarps = mat::kNormThreads / 32;
+    const int64_t blocks = (tokens + kWarps - 1) / kWarps;
+    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+    const dim3 grid(static_cast<unsigned>(blocks));
+    if (n->type == MAT_HALF) {
+        start(mat::token_norm<__half>, grid, mat::kNormThreads, stream, *n);
+    } else {
+        start(mat::token_norm<__nv_bfloat16>, grid, mat::kNormThreads, stream, *n);
     }
     return cudaGetLastError();
 }

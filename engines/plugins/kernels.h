@@ -29,6 +29,8 @@ struct MatAttention {
     int32_t q_stride, k_stride, v_stride, y_stride;
     int32_t type;              // of q, k, v and y: a MatType
     int32_t mask_type;         // of valid and propagated: a MatMaskType
+    int32_t y_padding;         // elements behind a token's heads in y that are set to 0, even; not
+                               // of FP32
 };
 
 // Why a launch would be refused, in a sentence, or NULL if it would not.
@@ -70,6 +72,21 @@ struct MatEpilogue {
     int32_t type;         // a MatType
     int32_t layout;       // a MatLayout, of x, skip and y
 };
+
+// Tokens of length one, of maps with their channels last.
+struct MatTokenNorm {
+    const void* x;  // a map
+    void* y;        // like x
+    int32_t batch, channels, height, width;
+    float floor;    // of the norm
+    int32_t type;   // MAT_HALF or MAT_BFLOAT16
+};
+
+// Why a launch would be refused, in a sentence, or NULL if it would not.
+const char* mat_token_norm_problem(const struct MatTokenNorm* norm);
+
+// x/max(‖x‖₂, floor) on a stream, as mat_attention.
+int mat_token_norm(const struct MatTokenNorm* norm, cudaStream_t stream);
 
 // Why a launch would be refused, in a sentence, or NULL if it would not.
 const char* mat_epilogue_problem(const struct MatEpilogue* epilogue);

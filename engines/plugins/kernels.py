@@ -56,7 +56,19 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "heads", "head_size")),
         *((name, ctypes.c_int32) for name in ("window", "shift")),
         *((f"{name}_stride", ctypes.c_int32) for name in "qkvy"),
-        *((name, ctypes.c_int32) for name in ("type", "mask_type")),
+        *((name, ctypes.c_int32) for name in ("type", "mask_type", "y_padding")),
+    )
+
+
+class _TokenNorm(ctypes.Structure):
+    """``struct MatTokenNorm``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("batch", "channels", "height", "width")),
+        ("floor", ctypes.c_float),
+        ("type", ctypes.c_int32),
     )
 
 
@@ -105,6 +117,7 @@ class KernelLibrary:
             raise UserError(f"the kernels in '{path}' do not load: {error}") from error
         self._library.mat_attention_problem.restype = ctypes.c_char_p
         self._library.mat_epilogue_problem.restype = ctypes.c_char_p
+        self._library.mat_token_norm_problem.restype = ctypes.c_char_p
         self._library.mat_propagate.argtypes = (
             *[ctypes.c_void_p] * 2,
             *[ctypes.c_int32] * 6,
@@ -201,6 +214,36 @@ class KernelLibrary:
         """
         kind = _mask_type(mask_dtype)
         _check(self._library.mat_propagate(mask, out, *shape, window, shift, kind, stream))
+
+    def token_norm(
+        self,
+        x: int,
+        y: int,
+        *,
+        shape: tuple[int, int, int, int],
+        dtype: str,
+        floor: float,
+        stream: int = 0,
+    ) -> None:
+        """``x/max(‖x‖₂, floor)`` over the channels of each pixel, the norm in FP32.
+
+        Args:
+            x: Address of a map [B, H, W, C], C padded to a multiple of 8.
+            y: Address for the result, likewise.
+            shape: B, C, H and W.
+            dtype: ``float16`` or ``bfloat16``.
+            floor: Of the norm, above 0.
+            stream: A cudaStream_t.
+
+        Raises:
+            UserError: For a size or type that the kernels do not have.
+            RuntimeError: If the launch fails.
+        """
+        call = _TokenNorm(x, y, *shape, floor, _type(dtype))
+        problem = self._library.mat_token_norm_problem(ctypes.byref(call))
+        if problem is not None:
+            raise UserError(f"token norm: {problem.decode()}")
+        _check(self._library.mat_token_norm(ctypes.byref(call), ctypes.c_void_p(stream)))
 
     def epilogue(
         self,

@@ -81,7 +81,7 @@ inline int32_t type_of(nvinfer1::DataType type) {
 
 // Whether a tensor of a node may be so, given the first one: packed, masks of INT32, and everything
 // else of one type. Maps of an epilogue may all have eight channels of a pixel side by side, as
-// convolutions in half precision like it.
+// convolutions in half precision like it; where maps stand for tokens they must.
 inline bool supports(Attributes const& attributes, int32_t position,
                      nvinfer1::PluginTensorDesc const& own,
                      nvinfer1::PluginTensorDesc const& first) {
@@ -89,6 +89,10 @@ inline bool supports(Attributes const& attributes, int32_t position,
         const bool last = own.format == nvinfer1::TensorFormat::kHWC8 && type_of(own.type) > 0;
         if (own.format != nvinfer1::TensorFormat::kLINEAR && !last) return false;
         return type_of(own.type) >= 0 && own.type == first.type && own.format == first.format;
+    }
+    if (attributes.is_channels_last() && !attributes.is_mask(position)) {
+        return own.format == nvinfer1::TensorFormat::kHWC8 && type_of(own.type) > 0 &&
+               own.type == first.type;
     }
     if (own.format != nvinfer1::TensorFormat::kLINEAR) return false;
     if (attributes.is_mask(position)) return own.type == nvinfer1::DataType::kINT32;
@@ -101,16 +105,20 @@ inline bool supports(Attributes const& attributes, int32_t position,
 class FieldNames {
    public:
     explicit FieldNames(Operator kind) {
-        const bool epilogue = kind == Operator::kEpilogue;
         for (nvinfer1::PluginField& field : fields_) {
             field.type = nvinfer1::PluginFieldType::kINT32;
             field.length = 1;
         }
         for (int i = 0; i < MAT_PARTS; ++i) fields_[kParts + i].name = kPartNames[i];
-        fields_[kParts - 2].type = fields_[kParts - 1].type =
-            nvinfer1::PluginFieldType::kFLOAT32;
-        collection_.nbFields = epilogue ? kEpilogue : kind == Operator::kPropagation ? 2 : 3;
-        collection_.fields = fields_.data() + (epilogue ? 3 : 0);
+        for (int i : {kGain, kSlope, kFloor}) {
+            fields_[i].type = nvinfer1::PluginFieldType::kFLOAT32;
+        }
+        const bool epilogue = kind == Operator::kEpilogue, norm = kind == Operator::kTokenNorm;
+        collection_.nbFields = epilogue                         ? kFloor - kFilter
+                               : norm                           ? 1
+                               : kind == Operator::kPropagation ? 2
+                                                                : 3;
+        collection_.fields = fields_.data() + (epilogue ? kFilter : norm ? kFloor : 0);
     }
     FieldNames(FieldNames const&) = delete;
     FieldNames& operator=(FieldNames const&) = delete;
@@ -118,8 +126,8 @@ class FieldNames {
     nvinfer1::PluginFieldCollection const* get() const { return &collection_; }
 
    private:
-    static constexpr int kParts = 7, kEpilogue = 4 + MAT_PARTS;
-    std::array<nvinfer1::PluginField, kParts + MAT_PARTS> fields_ = {
+    static constexpr int kFilter = 3, kGain = 5, kSlope = 6, kParts = 7, kFloor = kParts + MAT_PARTS;
+    std::array<nvinfer1::PluginField, kFloor + 1> fields_ = {
         nvinfer1::PluginField("window"), nvinfer1::PluginField("shift"),
         nvinfer1::PluginField("heads"),  nvinfer1::PluginField("filter"),
         nvinfer1::PluginField("pad"),    nvinfer1::PluginField("gain"),
@@ -132,7 +140,7 @@ template <typename Number>
 char const* read_field(nvinfer1::PluginField const& field, nvinfer1::PluginFieldType type,
                        Number* place) noexcept {
     if (field.type != type || field.length != 1 || field.data == nullptr) {
-        return "its attributes are one INT32 each, 'gain' and 'slope' one FLOAT32";
+        return "its attributes are one INT32 each, 'gain', 'slope' and 'floor' one FLOAT32";
     }
     *place = *static_cast<Number const*>(field.data);
     return nullptr;
@@ -175,10 +183,12 @@ inline bool read_engine(Operator kind, void const* data, size_t size,
 
 // -- shapes
 
-// The output's: the first input's, but for what a filter's padding and reach make of an epilogue's.
+// The output's: the first input's, or that of the values, but for what a filter's padding and reach
+// make of an epilogue's.
 inline nvinfer1::DimsExprs output_shape(Attributes const& attributes,
-                                        nvinfer1::DimsExprs const& first,
+                                        nvinfer1::DimsExprs const* inputs,
                                         nvinfer1::IExprBuilder& builder) {
+    nvinfer1::DimsExprs const& first = inputs[attributes.is_map_attention() ? 1 : 0];
     nvinfer1::DimsExprs shape = first;
     if (!attributes.is_epilogue() || attributes.filter == 0 || attributes.pad == 1) return shape;
     auto const* more = builder.constant(2 * attributes.pad - 2);
@@ -192,6 +202,10 @@ inline nvinfer1::DimsExprs output_shape(Attributes const& attributes,
 
 // What tells a node's plugin from others, in words.
 inline void write_text(Attributes const& a, char* text, size_t size) noexcept {
+    if (a.kind == Operator::kTokenNorm) {
+        std::snprintf(text, size, "%s %s: floor %g", name_of(a.kind), kVersion, a.floor);
+        return;
+    }
     if (!a.is_epilogue()) {
         std::snprintf(text, size, "%s %s: window %d, shift %d, heads %d", name_of(a.kind), kVersion,
                       a.window, a.shift, a.heads);
@@ -221,12 +235,48 @@ inline int32_t launch_epilogue(Attributes const& attributes, nvinfer1::PluginTen
     return mat_epilogue(&call, stream);
 }
 
+// Attention on the tensors of a node.
+inline int32_t launch_attention(Attributes const& attributes, nvinfer1::PluginTensorDesc const* in,
+                                void const* const* inputs, void* output, cudaStream_t stream) {
+    const int32_t type = type_of(in[0].type);
+    const int last = attributes.inputs() - 1;  // the mask, where there is one
+    MatAttention call{};
+    if (attributes.is_map_attention()) {
+        nvinfer1::Dims const shapes[] = {in[0].dims, in[1].dims};
+        call = map_call_of(attributes, shapes, type);
+        call.q = inputs[0];
+        call.k = static_cast<uint16_t const*>(inputs[0]) + shapes[1].d[1];
+        call.v = inputs[1];
+    } else {
+        call = call_of(attributes, in[0].dims, type);
+        call.q = inputs[0];
+        call.k = inputs[1];
+        call.v = inputs[2];
+    }
+    if (attributes.is_mask(last)) call.valid = inputs[last];
+    call.y = output;
+    return mat_attention(&call, stream);
+}
+
+inline int32_t launch_norm(Attributes const& attributes, nvinfer1::PluginTensorDesc const& x,
+                           void const* input, void* output, cudaStream_t stream) {
+    MatTokenNorm call{};
+    call.x = input;
+    call.y = output;
+    call.batch = static_cast<int32_t>(x.dims.d[0]);
+    call.channels = static_cast<int32_t>(x.dims.d[1]);
+    call.height = static_cast<int32_t>(x.dims.d[2]);
+    call.width = static_cast<int32_t>(x.dims.d[3]);
+    call.floor = attributes.floor;
+    call.type = type_of(x.type);
+    return mat_token_norm(&call, stream);
+}
+
 // Launches a node's kernel: nothing is allocated, and nothing waited for. Returns a cudaError_t.
 inline int32_t launch(Attributes const& attributes, nvinfer1::PluginTensorDesc const* in,
                       void const* const* inputs, void* const* outputs,
                       cudaStream_t stream) noexcept {
-    nvinfer1::PluginTensorDesc const& first = in[0];
-    nvinfer1::Dims const& shape = first.dims;
+    nvinfer1::Dims const& shape = in[0].dims;
     int32_t status = 0;
     if (attributes.is_epilogue()) {
         status = launch_epilogue(attributes, in, inputs, outputs[0], stream);
@@ -234,14 +284,10 @@ inline int32_t launch(Attributes const& attributes, nvinfer1::PluginTensorDesc c
         status = mat_propagate(inputs[0], outputs[0], static_cast<int32_t>(shape.d[0]),
                                static_cast<int32_t>(shape.d[2]), static_cast<int32_t>(shape.d[3]),
                                attributes.window, attributes.shift, MAT_MASK_INT32, stream);
+    } else if (attributes.kind == Operator::kTokenNorm) {
+        status = launch_norm(attributes, in[0], inputs[0], outputs[0], stream);
     } else {
-        MatAttention call = call_of(attributes, shape, type_of(first.type));
-        call.q = inputs[0];
-        call.k = inputs[1];
-        call.v = inputs[2];
-        call.y = outputs[0];
-        if (attributes.kind == Operator::kMaskedAttention) call.valid = inputs[3];
-        status = mat_attention(&call, stream);
+        status = launch_attention(attributes, in, inputs, outputs[0], stream);
     }
     if (status != 0) {
         char line[64];

@@ -18,7 +18,7 @@ class Plugin final : public IPluginV2DynamicExt {
 
     DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t,
                                   IExprBuilder& builder) noexcept override {
-        return mat::output_shape(attributes_, inputs[0], builder);
+        return mat::output_shape(attributes_, inputs, builder);
     }
 
     DataType getOutputDataType(int32_t, DataType const* types, int32_t) const noexcept override {
@@ -110,10 +110,14 @@ class Creator final : public IPluginCreator {
     std::string namespace_;
 };
 
-std::array<IPluginCreator*, 4> const& creators() {
+using Creators = std::array<IPluginCreator*, std::size(mat::kNames)>;
+
+Creators const& creators() {
     static Creator masked(Operator::kMaskedAttention), plain(Operator::kAttention),
-        propagation(Operator::kPropagation), epilogue(Operator::kEpilogue);
-    static const std::array<IPluginCreator*, 4> all = {&masked, &plain, &propagation, &epilogue};
+        propagation(Operator::kPropagation), epilogue(Operator::kEpilogue),
+        masked_map(Operator::kMaskedMapAttention), map(Operator::kMapAttention),
+        norm(Operator::kTokenNorm);
+    static const Creators all = {&masked, &plain, &propagation, &epilogue, &masked_map, &map, &norm};
     return all;
 }
 

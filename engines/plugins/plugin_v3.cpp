@@ -54,7 +54,7 @@ class Plugin final : public IPluginV3,
                             DimsExprs* out, int32_t outputs,
                             IExprBuilder& builder) noexcept override {
         if (outputs != 1 || inputs != attributes_.inputs()) return refused(kCount);
-        out[0] = mat::output_shape(attributes_, in[0], builder);
+        out[0] = mat::output_shape(attributes_, in, builder);
         return 0;
     }
 
@@ -144,11 +144,14 @@ class Creator final : public IPluginCreatorV3One {
     mat::FieldNames names_;
 };
 
-std::array<IPluginCreatorInterface*, 4> const& creators() {
+using Creators = std::array<IPluginCreatorInterface*, std::size(mat::kNames)>;
+
+Creators const& creators() {
     static Creator masked(Operator::kMaskedAttention), plain(Operator::kAttention),
-        propagation(Operator::kPropagation), epilogue(Operator::kEpilogue);
-    static const std::array<IPluginCreatorInterface*, 4> all = {&masked, &plain, &propagation,
-                                                                &epilogue};
+        propagation(Operator::kPropagation), epilogue(Operator::kEpilogue),
+        masked_map(Operator::kMaskedMapAttention), map(Operator::kMapAttention),
+        norm(Operator::kTokenNorm);
+    static const Creators all = {&masked, &plain, &propagation, &epilogue, &masked_map, &map, &norm};
     return all;
 }
 

@@ -13,8 +13,8 @@ the grid and the arguments that a stand-in for TensorRT was told.
     register_quick_plugins((9, 0))
     flags = 1 << int(tensorrt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
     network = builder.create_network(flags)
-    # parse a graph of `prepare_engine_graph(…, plugins=True, epilogues=False)`: its nodes' domain
-    # is ``mat``, and FusedEpilogue, of which there is no quick plugin, is not among them
+    # parse a graph of `prepare_engine_graph(…, plugins=True, quick=True)`: its nodes' domain is
+    # ``mat``, and those of which there is no quick plugin are not among them
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ struct WindowAttention {
     int window, shift;     // 8 or 16; 0 or half of it
     int q_stride, k_stride, v_stride, y_stride;
     bool int_masks;  // masks are of int32_t, not of bytes
+    int y_padding;   // elements behind a token's heads that are set to 0, even
 
     __device__ bool is_valid(int64_t token) const {
         if (valid == nullptr) return true;
@@ -317,6 +318,12 @@ __global__ void __launch_bounds__(32 * kTiles * kSplits)
                 b = fmaf(part.mixed[split][2 * i + 1][lane], weight, b);
             }
             write(split, __fdividef(a, total), __fdividef(b, total));
+        }
+        if (head == p.heads - 1 && split == 0) {
+            char* behind = to + 2 * p.head_size;
+            for (int c = 2 * column; c < p.y_padding; c += 8) {
+                *reinterpret_cast<uint32_t*>(behind + 2 * (c - 2 * column)) = 0;
+            }
         }
     }
 }

@@ -17,6 +17,7 @@ from mat_export.epilogues import expand_epilogues
 from mat_export.functions import function_library
 from mat_export.parity import compare
 from mat_export.runners import OrtRunner
+from mat_export.token_maps import expand_token_maps
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -125,15 +126,19 @@ def test_with_plugins_the_operators_are_calls_of_what_their_functions_say(
     # Two stacks of blocks with masks: into the first block's calls, and out of the last one's.
     assert graph.passes["plugin_mask_casts"] == 4
     called = Counter(n.op_type for n in graph.model.graph.node if n.domain == OPERATOR_DOMAIN)
-    assert set(called) == PLUGIN_OPERATORS
-    assert graph.passes["plugins"] == called
-    assert called["MaskedWindowAttention"] + called["WindowAttention"] == 14
+    assert set(called) <= PLUGIN_OPERATORS
+    assert graph.passes["plugins"] == {name: called[name] for name in PLUGIN_OPERATORS}
+    assert called["MaskPropagation"] == 5
+    on = "Window" if precision == "fp32" else "Map"
+    assert (called[f"Masked{on}Attention"], called[f"{on}Attention"]) == (5, 9)
+    assert called["TokenNorm"] == (0 if precision == "fp32" else 14)
     assert "plugin_mask_casts" not in plain.passes
     assert not graph.model.functions
     onnx.checker.check_model(graph.model, full_check=True)
     assert len(graph.model.graph.node) < 0.75 * len(plain.model.graph.node)
     # With the functions back it is a graph that anyone runs, and the picture is the same.
     expand_epilogues(graph.model)
+    expand_token_maps(graph.model)
     graph.model.functions.extend(plugin_functions())
     inputs = example_inputs(graph.spec, 1)
     hole = inputs["mask"][:, 0] < 0.5

@@ -246,5 +246,10 @@ def test_plugins_get_the_calls_unless_they_are_quick_ones(tiny_onnx: Path) -> No
     plugins = graph.passes["plugins"]
     assert isinstance(plugins, dict)
     assert plugins["FusedEpilogue"] == 14
-    quick = prepare_engine_graph(tiny_onnx, "fp16", opset=17, plugins=True, epilogues=False)
-    assert quick.passes["plugins"] == {**plugins, "FusedEpilogue": 0}
+    quick = prepare_engine_graph(tiny_onnx, "fp16", opset=17, plugins=True, quick=True)
+    assert quick.passes["plugins"] == {
+        **dict.fromkeys(plugins, 0),
+        "MaskPropagation": 5,
+        "MaskedWindowAttention": 5,
+        "WindowAttention": 9,
+    }

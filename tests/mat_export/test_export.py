@@ -521,9 +521,12 @@ def test_the_published_size_stays_within_its_bounds(tmp_path: Path) -> None:
     # What plugins find in it; another number means that a pass over the graph misses something.
     assert prepare_engine_graph(path, "fp16", opset=17, plugins=True).passes["plugins"] == {
         "FusedEpilogue": 24,
+        "MapAttention": 9,
         "MaskPropagation": 5,
-        "MaskedWindowAttention": 5,
-        "WindowAttention": 9,
+        "MaskedMapAttention": 5,
+        "MaskedWindowAttention": 0,
+        "TokenNorm": 14,
+        "WindowAttention": 0,
     }
 
 
