@@ -124,7 +124,7 @@ def test_trt_keeps_the_faster_engine_and_builds_it_once(
     manifest = json.loads(Path(f"{out}.json").read_text())
     sources = manifest["sources"]
     assert sources["plugin"]["path"] == str(plugin_machine)
-    assert sources["passes"]["plugins"]["MaskedWindowAttention"] > 0
+    assert sources["passes"]["plugins"]["MaskedMapAttention"] > 0
     for name, plan, time in (("with_plugins", "with.plan", 5.0), ("without_plugins", "", 7.0)):
         figures = sources["plugin_choice"][name]
         assert figures["milliseconds"] == time
@@ -154,7 +154,7 @@ def test_trt_with_plugins_on_builds_the_graph_that_calls_them(
     assert "building twice" not in error
     manifest = json.loads(Path(f"{out}.json").read_text())
     assert "--plugins" in manifest["command"]
-    assert manifest["sources"]["passes"]["plugins"]["MaskedWindowAttention"] > 0
+    assert manifest["sources"]["passes"]["plugins"]["MaskedMapAttention"] > 0
     code, _, error = run(*arguments, "--plugins", "off")
     one_sentence(code, error)
     assert "leave out one of the two" in error
@@ -200,7 +200,7 @@ def test_refit_keeps_the_calls_of_an_engine_with_plugins(
 ) -> None:
     own = Path(f"{opened.path}.json")
     manifest = json.loads(own.read_text())
-    manifest["sources"]["passes"] = {"plugins": {"MaskedWindowAttention": 11}}
+    manifest["sources"]["passes"] = {"plugins": {"MaskedMapAttention": 11}}
     own.write_text(json.dumps(manifest))
     given: list[onnx.ModelProto] = []
 
@@ -212,7 +212,7 @@ def test_refit_keeps_the_calls_of_an_engine_with_plugins(
     code, _, error = run("refit", opened.path, "--checkpoint", tiny_onnx, "--no-parity")
     assert code == 0, error
     (model,) = given
-    assert any(node.op_type == "MaskedWindowAttention" for node in model.graph.node)
+    assert any(node.op_type == "MaskedMapAttention" for node in model.graph.node)
 
 
 @pytest.mark.parametrize("there", [True, False])

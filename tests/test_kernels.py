@@ -112,7 +112,7 @@ def test_the_driver_for_compute_sanitizer_writes_what_it_should(tmp_path: Path) 
     driver = compile_on_paper(tmp_path / "sanitize", "-x", "c++", str(source))
     done = subprocess.run([str(driver)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(": written\n") == 18 + 20  # attentions and epilogues
+    assert done.stdout.count(": written\n") == 18 + 20 + 8  # attentions, epilogues, norms
 
 
 @needs_nvcc

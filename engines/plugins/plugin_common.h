@@ -110,6 +110,7 @@ class FieldNames {
             field.length = 1;
         }
         for (int i = 0; i < MAT_PARTS; ++i) fields_[kParts + i].name = kPartNames[i];
+        fields_[kFloor].name = "floor";
         for (int i : {kGain, kSlope, kFloor}) {
             fields_[i].type = nvinfer1::PluginFieldType::kFLOAT32;
         }
