@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from mat_export.casts import hoist_casts
 from mat_export.contract import (
     CALIBRATION_KEY,
     STATE_PREFIX,
@@ -170,6 +171,7 @@ def prepare_model(
             "raised_floors": typed.floors,
         }
         dense = typed.model
+        passes["hoisted_casts"] = hoist_casts(dense.graph)
     if precision == "int8":
         passes["quantized"] = sum(node.op_type == "QuantizeLinear" for node in dense.graph.node)
     if mask_states:
