@@ -256,6 +256,17 @@ def microseconds(run: Callable[[int], Any], calls: int) -> float:
     return 1e3 * statistics.median(times[3:]) / calls
 
 
+def conditions() -> dict[str, Any]:
+    """Where a report's times come from, and what the GPU can do there."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "type": "float16",
+        "limits": ceilings(),
+    }
+
+
 def ceilings() -> dict[str, float]:
     """What the GPU does at most: copied bytes, products in FP16, and the launch of a kernel."""
     source = torch.randn(1 << 28, device="cuda")
@@ -454,14 +465,7 @@ def main() -> int:
     started = time.perf_counter()
     library = open_kernels(torch.cuda.get_device_capability())
     with torch.inference_mode():
-        report: dict[str, Any] = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "type": "float16",
-            "limits": ceilings(),
-            "blocks": [],
-        }
+        report = {**conditions(), "blocks": []}
         every = blocks([int(n) for n in arguments.batches.split(",")])
         compiled = compile_ways(every, arguments.compile_seconds)
         for block in every:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention import ceilings, microseconds
+from attention import conditions, microseconds
 from torch import Tensor
 
 from engines.plugins.kernels import KernelLibrary, open_kernels
@@ -235,14 +235,7 @@ def main() -> int:
     started = time.perf_counter()
     library = open_kernels(torch.cuda.get_device_capability())
     with torch.inference_mode():
-        report: dict[str, Any] = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "type": "float16",
-            "limits": ceilings(),
-            "shapes": [],
-        }
+        report = {**conditions(), "shapes": []}
         for shape in SHAPES:
             seconds = time.perf_counter() - started
             compiling = seconds < arguments.compile_seconds

@@ -20,7 +20,7 @@ from calib.candidates import Candidate
 from calib.ranges import Progress
 from calib.samples import Sample
 from calib.stages import StagedModel, Values
-from mat_export.inlining import write_graph
+from mat_export.graphs import readers_of, write_graph
 
 __all__ = ["STRENGTH", "equalize", "measure_powers"]
 
@@ -100,10 +100,7 @@ class _Pass:
         self._makers: dict[str, onnx.NodeProto] = {
             name: node for node in graph.node for name in node.output
         }
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
+        self._readers = readers_of(graph)
 
     def rewrite(self, candidate: Candidate, factors: _Factors) -> None:
         """Equalize what a layer reads, if it can be had for nothing."""
@@ -123,7 +120,7 @@ class _Pass:
 
     def _source(self, tensor: str) -> onnx.NodeProto | None:
         """What multiplies each channel of a tensor that nothing else reads."""
-        while len(self._readers.get(tensor, ())) == 1:
+        while len(self._readers[tensor]) == 1:
             node = self._makers.get(tensor)
             if node is None:
                 return None

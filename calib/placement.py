@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 
 from calib.candidates import Candidate
 from calib.weights import quantize_weight
-from mat_export.inlining import write_graph
+from mat_export.graphs import write_graph
 
 __all__ = ["place"]
 

@@ -11,6 +11,8 @@ from collections import defaultdict
 import onnx
 from onnx import helper
 
+from mat_export.graphs import attribute_of, readers_of
+
 __all__ = ["hoist_casts"]
 
 
@@ -50,10 +52,7 @@ class _Pass:
         self._graph = graph
         self._outputs = {output.name for output in graph.output}
         self._splits = {o for n in graph.node if n.op_type == "Split" for o in n.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in graph.node:
-            for name in node.input:
-                self._readers[name].append(node)
+        self._readers = readers_of(graph)
         self._moved: dict[str, tuple[str, onnx.NodeProto]] = {}  # cast → before what, itself
         self._gone: set[str] = set()
 
@@ -109,4 +108,4 @@ def _type(node: onnx.NodeProto) -> int | None:
     """What a Cast casts to; None for other nodes."""
     if node.op_type != "Cast":
         return None
-    return next(int(a.i) for a in node.attribute if a.name == "to")
+    return int(attribute_of(node, "to"))

@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mat_export.contract import OPERATOR_DOMAIN
 from mat_export.functions import EPILOGUE, EPILOGUE_PARTS
+from mat_export.graphs import attribute_of, prune, readers_of
 from mat_export.resampling import FILTER
 
 __all__ = ["LEAST_SIZE", "expand_epilogues", "fuse_epilogues"]
@@ -73,7 +74,7 @@ def fuse_epilogues(model: onnx.ModelProto) -> int:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     model.graph.value_info.extend(values)
-    _drop_unread(model.graph)
+    prune(model.graph)  # weights of the filters that are attributes now
     if all(entry.domain != OPERATOR_DOMAIN for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(OPERATOR_DOMAIN, 1))
     return len(calls)
@@ -126,10 +127,7 @@ class _Pass:
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self._outputs = {output.name for output in model.graph.output}
         self._makers = {name: node for node in self._nodes for name in node.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self._nodes:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
+        self._readers = readers_of(model.graph)
 
     def chains(self) -> Iterator[_Chain]:
         """Every chain that is worth a call; no node is in two."""
@@ -158,7 +156,7 @@ class _Pass:
             done = _STEPS.index(step)
             self._add(chain, following, step, name)
             name = following.output[0]
-            readers = self._readers.get(name, [])
+            readers = self._readers[name]
             alone = len(readers) == 1 and name not in self._outputs
             following = readers[0] if alone else None
         return chain if chain.nodes else None
@@ -189,9 +187,9 @@ class _Pass:
         if step == "filter":
             gain = self._gain(node)
             assert gain is not None, "a filter has a gain"
-            chain.attributes |= {"filter": 1, "pad": _attribute(node, "pads")[0], "gain": gain}
+            chain.attributes |= {"filter": 1, "pad": attribute_of(node, "pads")[0], "gain": gain}
         elif step == "leaky_relu":
-            chain.attributes["slope"] = _attribute(node, "alpha")
+            chain.attributes["slope"] = attribute_of(node, "alpha")
         else:
             chain.parts[step] = _other(node, x)
 
@@ -245,12 +243,12 @@ class _Pass:
         """The gain of a convolution that is the filter; None of any other."""
         if len(node.input) != 2 or node.input[1] not in self._weights:
             return None
-        pads = _attribute(node, "pads", [0] * 4)
-        steps = (*_attribute(node, "strides", [1, 1]), *_attribute(node, "dilations", [1, 1]))
+        pads = attribute_of(node, "pads", [0] * 4)
+        steps = (*attribute_of(node, "strides", [1, 1]), *attribute_of(node, "dilations", [1, 1]))
         shape = tuple(self._weights[node.input[1]].dims)
         if (
             shape[1:] != (1, 3, 3)
-            or _attribute(node, "group", 1) != shape[0]
+            or attribute_of(node, "group", 1) != shape[0]
             or set(steps) != {1}
             or len(set(pads)) != 1
             or pads[0] > 2
@@ -271,29 +269,15 @@ class _Pass:
 
     def _is_quantized(self, name: str) -> bool:
         """Whether a tensor goes to a QuantizeLinear, by way of a cast or at once."""
-        readers = self._readers.get(name, [])
+        readers = self._readers[name]
         casts = (node.output[0] for node in readers if node.op_type == "Cast")
-        behind = (node for cast in casts for node in self._readers.get(cast, []))
+        behind = (node for cast in casts for node in self._readers[cast])
         return any(node.op_type == "QuantizeLinear" for node in (*readers, *behind))
 
 
 def _other(node: onnx.NodeProto, x: str) -> str:
     """What x is added to or multiplied with."""
     return next((name for name in node.input if name != x), x)
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    found = (helper.get_attribute_value(a) for a in node.attribute if a.name == name)
-    return next(found, default)
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Forget weights of the filters that are attributes now."""
-    read = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    if len(kept) < len(graph.initializer):
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
 
 
 # -- the way back ----------------------------------------------------------------------------------
@@ -329,18 +313,18 @@ def _expanded(call: onnx.NodeProto, y: onnx.TypeProto.Tensor) -> list[onnx.NodeP
         return add("Cast", [name], label, to=TensorProto.FLOAT)
 
     given = iter(call.input[1:])
-    parts = {name: single(next(given), name) for name in EPILOGUE_PARTS if _attribute(call, name)}
+    parts = {name: single(next(given), name) for name in EPILOGUE_PARTS if attribute_of(call, name)}
     t = single(call.input[0], "x")
-    if _attribute(call, "filter"):
+    if attribute_of(call, "filter"):
         channels = y.shape.dim[1].dim_value
-        weight = np.broadcast_to(FILTER * _attribute(call, "gain"), (channels, 1, 3, 3))
+        weight = np.broadcast_to(FILTER * attribute_of(call, "gain"), (channels, 1, 3, 3))
         tensor = numpy_helper.from_array(weight.astype(np.float32))
         taps = add("Constant", [], "taps", value=tensor)
-        pads = [_attribute(call, "pad")] * 4
+        pads = [attribute_of(call, "pad")] * 4
         t = add("Conv", [t, taps], "filtered", kernel_shape=[3, 3], pads=pads, group=channels)
     for step in _STEPS[1:]:
         if step == "leaky_relu":
-            t = add("LeakyRelu", [t], step, alpha=_attribute(call, "slope"))
+            t = add("LeakyRelu", [t], step, alpha=attribute_of(call, "slope"))
         elif step in parts:
             op = "Add" if step in ("noise", "bias", "skip") else "Mul"
             t = add(op, [t, parts[step]], f"with_{step}")

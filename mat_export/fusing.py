@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from mat_export.inlining import write_graph
+from mat_export.graphs import write_graph
 
 __all__ = ["compute_biases"]
 

@@ -17,8 +17,9 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from mat_export.contract import OPERATOR_DOMAIN
+from mat_export.graphs import prune
 
-__all__ = ["inline_functions", "write_graph"]
+__all__ = ["inline_functions"]
 
 
 def inline_functions(
@@ -41,7 +42,7 @@ def inline_functions(
     nodes = inliner.without_zero_biases(nodes)
     del result.graph.node[:], result.graph.value_info[:]
     result.graph.node.extend(nodes)
-    _prune(result.graph)
+    prune(result.graph)
     if not any(node.domain == OPERATOR_DOMAIN for node in nodes):
         del result.functions[:]
         kept = [o for o in result.opset_import if o.domain != OPERATOR_DOMAIN]
@@ -162,26 +163,3 @@ def _resolve(node: onnx.NodeProto, attributes: Mapping[str, onnx.AttributeProto]
             resolved.append(value)
     del node.attribute[:]
     node.attribute.extend(resolved)
-
-
-def write_graph(
-    graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto], weights: Iterable[onnx.TensorProto]
-) -> None:
-    """Give a graph other nodes, and of these weights the ones that they read.
-
-    Shapes of inner tensors are dropped: infer them again.
-    """
-    read = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in weights if tensor.name in read]
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
-
-
-def _prune(graph: onnx.GraphProto) -> None:
-    """Drop initializers that nothing reads."""
-    read = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    if len(kept) < len(graph.initializer):
-        del graph.initializer[:]
-        graph.initializer.extend(kept)

@@ -8,12 +8,12 @@ without a rule stops the pass: nothing is ever lowered by merely changing the nu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import onnx
 from onnx import numpy_helper
 
 from mat_export.contract import UserError
+from mat_export.graphs import attribute_of, prune
 
 __all__ = ["LOWEST_OPSET", "LoweringError", "lower_opset"]
 
@@ -74,13 +74,13 @@ def _plain_resize(node: onnx.NodeProto, constants: _Constants) -> None:
 
 def _known_coordinates(node: onnx.NodeProto, constants: _Constants) -> None:
     """Resize: one more way to map coordinates came in opset 19."""
-    if _attribute(node, "coordinate_transformation_mode") == b"half_pixel_symmetric":
+    if attribute_of(node, "coordinate_transformation_mode") == b"half_pixel_symmetric":
         raise LoweringError(f"{node.name}: half_pixel_symmetric has no form in the older opset")
 
 
 def _plain_pool(node: onnx.NodeProto, constants: _Constants) -> None:
     """AveragePool: ``dilations`` came in opset 19."""
-    if any(d != 1 for d in _attribute(node, "dilations") or ()):
+    if any(d != 1 for d in attribute_of(node, "dilations") or ()):
         raise LoweringError(f"{node.name}: dilated average pooling needs opset 19")
     _drop(node, "dilations")
 
@@ -97,7 +97,7 @@ def _plain_reshape(node: onnx.NodeProto, constants: _Constants) -> None:
     is computed has no 0, and a constant one is looked at.
     """
     constant = constants.known(node, 1)
-    if _attribute(node, "allowzero") and constant and 0 in constants.ints(node, 1):
+    if attribute_of(node, "allowzero") and constant and 0 in constants.ints(node, 1):
         raise LoweringError(f"{node.name}: an empty tensor has no form in the older opset")
     _drop(node, "allowzero")
 
@@ -157,7 +157,7 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> bool:
                     f"opset {opset}; export without --opset"
                 )
             rule(node, constants)
-    _drop_unread(model.graph)
+    prune(model.graph)  # what became attributes
     current.version = opset
     model.ir_version = min(model.ir_version, _IR_VERSIONS[opset])
     return True
@@ -179,24 +179,9 @@ def _revisions(node: onnx.NodeProto, old: int, new: int) -> list[int]:
     return found
 
 
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Remove initializers that became attributes."""
-    read = {name for node in graph.node for name in node.input}
-    read |= {output.name for output in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    if len(kept) < len(graph.initializer):
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    found = [a for a in node.attribute if a.name == name]
-    return onnx.helper.get_attribute_value(found[0]) if found else None
-
-
 def _drop(node: onnx.NodeProto, name: str, only: object = None) -> None:
     """Remove an attribute, which must have the value that the older opset implies."""
-    value = _attribute(node, name)
+    value = attribute_of(node, name)
     if value is None:
         return
     if only is not None and value != only:
@@ -207,5 +192,5 @@ def _drop(node: onnx.NodeProto, name: str, only: object = None) -> None:
 
 
 def _refuse(node: onnx.NodeProto, name: str) -> None:
-    if _attribute(node, name) is not None:
+    if attribute_of(node, name) is not None:
         raise LoweringError(f"{node.name}: {name} has no form in the older opset")

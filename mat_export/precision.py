@@ -18,7 +18,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mat_export.contract import GraphSpec, UserError
-from mat_export.inlining import inline_functions, write_graph
+from mat_export.graphs import write_graph
+from mat_export.inlining import inline_functions
 
 __all__ = [
     "ISLANDS",

@@ -23,7 +23,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from mat_export.inlining import write_graph
+from mat_export.graphs import readers_of, write_graph
 
 __all__ = ["FILTER", "resample_densely"]
 
@@ -59,17 +59,14 @@ class _Pass:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.weights = {t.name: t for t in graph.initializer}
         self.makers = {o: node for node in graph.node for o in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+        self.readers = readers_of(graph)
         self.replaced: dict[str, list[onnx.NodeProto]] = {}
         self.counts = {"down": 0, "up": 0}
 
     def rewrite(self, blur: onnx.NodeProto) -> None:
         """Rewrite what a 4×4 filter belongs to; a filter of another kind stays."""
         before = self.makers.get(blur.input[0])
-        readers = self.readers.get(blur.output[0], [])
+        readers = self.readers[blur.output[0]]
         if before is not None and before.op_type == "DepthToSpace":
             self._up(blur, before)
         elif len(readers) == 1 and _attributes(readers[0]).get("strides") == [2, 2]:

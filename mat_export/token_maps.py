@@ -27,7 +27,7 @@ from onnx import helper, numpy_helper
 
 from mat_export.contract import OPERATOR_DOMAIN
 from mat_export.functions import ATTENTION, UNMASKED_ATTENTION
-from mat_export.inlining import write_graph
+from mat_export.graphs import attribute_of, readers_of, write_graph
 
 __all__ = [
     "MAP_ATTENTION",
@@ -69,12 +69,12 @@ def tokens_as_maps(model: onnx.ModelProto) -> dict[str, int]:
     Returns:
         How many calls of each operator on maps there are now.
     """
+    values = onnx.shape_inference.infer_shapes(model).graph.value_info  # the pass changes nodes
     pass_ = _Pass(model.graph)
     try:
         nodes = pass_.run()
     except _UnknownError:
         return {}
-    values = onnx.shape_inference.infer_shapes(model).graph.value_info
     write_graph(model.graph, nodes, pass_.weights.values())
     model.graph.value_info.extend(_on_maps(value) for value in values if value.name in pass_.new)
     kinds = (MAP_ATTENTION, UNMASKED_MAP_ATTENTION, TOKEN_NORM)
@@ -94,10 +94,7 @@ class _Pass:
         self.weights = {t.name: t for t in graph.initializer}
         self._graph = graph
         self._makers = {o: node for node in graph.node for o in node.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
+        self._readers = readers_of(graph)
         self._outputs = {output.name for output in graph.output}
         self._maps: dict[str, str] = {}  # a tensor of tokens → the map in its place
         self._back: dict[str, str] = {}  # tokens turned back into a map → that map
@@ -110,7 +107,7 @@ class _Pass:
         for node in self._graph.node:
             if node.output[0] in self._done:
                 continue
-            if node.op_type == "Transpose" and _attribute(node, "perm") == _TO_TOKENS:
+            if node.op_type == "Transpose" and attribute_of(node, "perm") == _TO_TOKENS:
                 self._maps[node.output[0]] = node.input[0]
             elif any(name in self._maps for name in node.input):
                 nodes += self._rewritten(node)
@@ -127,12 +124,12 @@ class _Pass:
 
     def _rewritten(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         kind = node.op_type
-        if kind == "Transpose" and _attribute(node, "perm") == _TO_MAPS:
+        if kind == "Transpose" and attribute_of(node, "perm") == _TO_MAPS:
             self._back[node.output[0]] = self._maps[node.input[0]]
             return []
         if kind == "MatMul":
             return [self._product(node)]
-        if kind == "Concat" and _attribute(node, "axis") in (-1, 3):
+        if kind == "Concat" and attribute_of(node, "axis") in (-1, 3):
             return [self._same(node, axis=1)]
         if kind in _ELEMENTWISE:
             return [self._same(node)]
@@ -218,7 +215,7 @@ class _Pass:
         )
 
     def _is_over_channels(self, norm: onnx.NodeProto) -> bool:
-        axes = _attribute(norm, "axes")
+        axes = attribute_of(norm, "axes")
         if axes is None and len(norm.input) > 1:
             axes = self._array(norm.input[1]).tolist()
         return axes in ([-1], [3])
@@ -243,7 +240,7 @@ class _Pass:
         return result
 
     def _only_reader(self, name: str) -> onnx.NodeProto | None:
-        readers = self._readers.get(name, [])
+        readers = self._readers[name]
         return readers[0] if len(readers) == 1 and name not in self._outputs else None
 
     def _array(self, name: str) -> NDArray[Any]:
@@ -267,11 +264,6 @@ def _on_maps(tokens: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
     return result
 
 
-def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    found = [a for a in node.attribute if a.name == name]
-    return helper.get_attribute_value(found[0]) if found else None
-
-
 def expand_token_maps(model: onnx.ModelProto) -> None:
     """Say the operators on maps in standard ones and those on tokens, for runtimes without plugins.
 
@@ -289,7 +281,7 @@ def expand_token_maps(model: onnx.ModelProto) -> None:
 def _expanded(node: onnx.NodeProto, opset: int) -> list[onnx.NodeProto]:
     y = node.output[0]
     if node.op_type == TOKEN_NORM:
-        (x,), floor = node.input, np.array(_attribute(node, "floor"), np.float32)
+        (x,), floor = node.input, np.array(attribute_of(node, "floor"), np.float32)
         parts = ("wide", "floor", "axis", "square", "sum", "norm", "safe", "unit")
         wide, least, axis, square, total, norm, safe, unit = (f"{y}/{part}" for part in parts)
         return [

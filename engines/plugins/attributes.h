@@ -153,22 +153,33 @@ struct Attributes {
 
 static_assert(sizeof(Attributes) == 16 * sizeof(int32_t), "engines hold it as sixteen words");
 
-// A call on tensors [B, H, W, C], densely packed.
-template <typename Shape>
-MatAttention call_of(Attributes const& attributes, Shape const& q, int32_t type) {
+// A call on a grid of tokens, densely packed.
+inline MatAttention call_of(Attributes const& attributes, int64_t batch, int64_t height,
+                            int64_t width, int64_t channels, int32_t type) {
     MatAttention call{};
-    call.batch = static_cast<int32_t>(q.d[0]);
-    call.height = static_cast<int32_t>(q.d[1]);
-    call.width = static_cast<int32_t>(q.d[2]);
+    call.batch = static_cast<int32_t>(batch);
+    call.height = static_cast<int32_t>(height);
+    call.width = static_cast<int32_t>(width);
     call.heads = attributes.heads;
-    const int32_t channels = static_cast<int32_t>(q.d[3]);
-    call.head_size = channels / attributes.heads;
+    call.head_size = static_cast<int32_t>(channels) / attributes.heads;
     call.window = attributes.window;
     call.shift = attributes.shift;
-    call.q_stride = call.k_stride = call.v_stride = call.y_stride = channels;
+    call.q_stride = call.k_stride = call.v_stride = call.y_stride = static_cast<int32_t>(channels);
     call.type = type;
     call.mask_type = MAT_MASK_INT32;
     return call;
+}
+
+// Whether a mask is [B, 1, H, W] of a grid.
+template <typename Shape>
+bool is_mask_of(Shape const& mask, int64_t batch, int64_t height, int64_t width) {
+    return mask.d[0] == batch && mask.d[1] == 1 && mask.d[2] == height && mask.d[3] == width;
+}
+
+// On tensors [B, H, W, C].
+template <typename Shape>
+MatAttention token_call_of(Attributes const& attributes, Shape const& q, int32_t type) {
+    return call_of(attributes, q.d[0], q.d[1], q.d[2], q.d[3], type);
 }
 
 // Channels that a pixel of a map has in memory where they come last.
@@ -177,20 +188,13 @@ inline int32_t padded(int64_t channels) { return static_cast<int32_t>((channels 
 // A call on maps with their channels last: queries and keys together, and values.
 template <typename Shape>
 MatAttention map_call_of(Attributes const& attributes, Shape const* shapes, int32_t type) {
-    MatAttention call{};
-    call.batch = static_cast<int32_t>(shapes[1].d[0]);
-    call.height = static_cast<int32_t>(shapes[1].d[2]);
-    call.width = static_cast<int32_t>(shapes[1].d[3]);
-    call.heads = attributes.heads;
-    const int32_t channels = static_cast<int32_t>(shapes[1].d[1]);
-    call.head_size = channels / attributes.heads;
-    call.window = attributes.window;
-    call.shift = attributes.shift;
+    Shape const& value = shapes[1];
+    const int32_t channels = static_cast<int32_t>(value.d[1]);
+    MatAttention call =
+        call_of(attributes, value.d[0], value.d[2], value.d[3], channels, type);
     call.q_stride = call.k_stride = padded(2 * channels);
     call.v_stride = call.y_stride = padded(channels);
     call.y_padding = padded(channels) - channels;
-    call.type = type;
-    call.mask_type = MAT_MASK_INT32;
     return call;
 }
 
@@ -203,9 +207,7 @@ char const* map_shapes_problem(Attributes const& attributes, Shape const* shapes
     }
     if (value.d[1] % attributes.heads) return "the features are no multiple of the heads";
     if (attributes.kind == Operator::kMaskedMapAttention) {
-        Shape const& mask = shapes[2];
-        if (mask.d[0] != value.d[0] || mask.d[1] != 1 || mask.d[2] != value.d[2] ||
-            mask.d[3] != value.d[3]) {
+        if (!is_mask_of(shapes[2], value.d[0], value.d[2], value.d[3])) {
             return "the mask is not [B, 1, H, W] of the values' grid";
         }
     }
@@ -284,13 +286,11 @@ char const* shapes_problem(Attributes const& attributes, Shape const* shapes, in
     }
     if (first.d[3] % attributes.heads) return "the features are no multiple of the heads";
     if (attributes.kind == Operator::kMaskedAttention) {
-        Shape const& mask = shapes[3];
-        if (mask.d[0] != first.d[0] || mask.d[1] != 1 || mask.d[2] != first.d[1] ||
-            mask.d[3] != first.d[2]) {
+        if (!is_mask_of(shapes[3], first.d[0], first.d[1], first.d[2])) {
             return "the mask is not [B, 1, H, W] of the grid of q";
         }
     }
-    const MatAttention call = call_of(attributes, first, MAT_FLOAT);
+    const MatAttention call = token_call_of(attributes, first, MAT_FLOAT);
     return mat_attention_problem(&call);
 }
 

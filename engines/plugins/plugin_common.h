@@ -249,7 +249,7 @@ inline int32_t launch_attention(Attributes const& attributes, nvinfer1::PluginTe
         call.k = static_cast<uint16_t const*>(inputs[0]) + shapes[1].d[1];
         call.v = inputs[1];
     } else {
-        call = call_of(attributes, in[0].dims, type);
+        call = token_call_of(attributes, in[0].dims, type);
         call.q = inputs[0];
         call.k = inputs[1];
         call.v = inputs[2];

@@ -23,11 +23,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attention_cases import BARS, HARD, NETWORK, Case, any_case, draw
@@ -48,6 +48,8 @@ from mat_torch import attention
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 """Of compute-sanitizer."""
+
+T = TypeVar("T")
 
 RUNS = 3
 """How often each case runs; every run gives the same bits."""
@@ -150,20 +152,10 @@ def side_stream() -> torch.cuda.Stream:
     return stream
 
 
-def check(library: KernelLibrary, case: Case) -> float:
-    """Hold a case against the reference. Returns ‖a − b‖ / ‖b‖, raises AssertionError."""
-    q, k, v, valid = on_gpu(case)
-    cut = {"window": case.window, "shift": case.shift}
-    expected = in_double(q, k, v, valid, **cut, heads=case.heads)
-    stream = side_stream()
-
-    def call() -> Answer:
-        handle = torch.cuda.current_stream().cuda_stream
-        given: dict[str, Any] = {**cut, "heads": case.heads, "mask_dtype": case.mask_dtype}
-        return call_kernels(library, q, k, v, valid, **given, stream=handle)
-
+def repeated(call: Callable[[], T]) -> list[T]:
+    """What a call gives in RUNS runs, and in a replay of its CUDA graph."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(side_stream()):
         answers = [call() for _ in range(RUNS)]
         torch.cuda.synchronize()
         graph.capture_begin()  # the poison is captured too
@@ -171,6 +163,21 @@ def check(library: KernelLibrary, case: Case) -> float:
         graph.capture_end()
         graph.replay()
     torch.cuda.synchronize()
+    return answers
+
+
+def check(library: KernelLibrary, case: Case) -> float:
+    """Hold a case against the reference. Returns ‖a − b‖ / ‖b‖, raises AssertionError."""
+    q, k, v, valid = on_gpu(case)
+    cut = {"window": case.window, "shift": case.shift}
+    expected = in_double(q, k, v, valid, **cut, heads=case.heads)
+
+    def call() -> Answer:
+        handle = torch.cuda.current_stream().cuda_stream
+        given: dict[str, Any] = {**cut, "heads": case.heads, "mask_dtype": case.mask_dtype}
+        return call_kernels(library, q, k, v, valid, **given, stream=handle)
+
+    answers = repeated(call)
     first = answers[0]
     error = float((first.y.double() - expected).norm() / expected.norm())
     assert error <= BARS[case.dtype], f"an error of {error:.2e}"
@@ -220,15 +227,7 @@ def check_epilogue(library: KernelLibrary, case: Epilogue) -> None:
         handle = torch.cuda.current_stream().cuda_stream
         return call_epilogue(library, case, x, parts, stream=handle)
 
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side_stream()):
-        answers = [call() for _ in range(RUNS)]
-        torch.cuda.synchronize()
-        graph.capture_begin()  # the poison is captured too
-        answers.append(call())
-        graph.capture_end()
-        graph.replay()
-    torch.cuda.synchronize()
+    answers = repeated(call)
     first = answers[0].y()
     epilogue_holds(case, first, epilogue_in_double(case, x, parts))
     for answer in answers:

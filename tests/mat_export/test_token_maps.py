@@ -47,6 +47,11 @@ def test_the_network_is_the_same_picture(tiny_onnx: Path, precision: str, bar: f
     assert before["Add"] - after["Add"] == 4 * 14
     assert before["Transpose"] - after["Transpose"] == 10
     assert after["ReduceL2"] == 0
+    # The new maps' shapes are told, also behind the first stack.
+    told = {value.name: value.type.tensor_type.shape.dim for value in rewritten.graph.value_info}
+    norms = [n.output[0] for n in rewritten.graph.node if n.op_type == "TokenNorm"]
+    sides = [64] * 2 + [32] * 3 + [16] * 4 + [32] * 3 + [64] * 2
+    assert [[d.dim_value for d in told[name]] for name in norms] == [[1, 90, n, n] for n in sides]
     onnx.checker.check_model(rewritten)
 
     expand_token_maps(rewritten)
