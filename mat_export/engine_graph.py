@@ -28,7 +28,7 @@ from mat_export.epilogues import fuse_epilogues
 from mat_export.functions import function_library
 from mat_export.fusing import compute_biases
 from mat_export.inlining import inline_functions
-from mat_export.lowering import lower_opset
+from mat_export.lowering import lower_opset, quantize_in_graph
 from mat_export.parity import load_onnx
 from mat_export.plugin_masks import PLUGIN_OPERATORS, masks_as_integers
 from mat_export.precision import PRECISIONS, apply_precision, require_source
@@ -47,6 +47,9 @@ __all__ = [
 ENGINE_PRECISIONS = ("fp32", "tf32", *PRECISIONS)
 """What an engine may compute in; ``tf32`` is the FP32 graph on TF32 tensor cores, ``int8`` a graph
 with Q/DQ nodes, the rest of it in FP16."""
+
+INTEGER_WEIGHTS = 18
+"""TensorRT has taken weights in INT8 since it has parsed an opset of at least so much."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,8 @@ def prepare_model(
         passes["hoisted_casts"] = hoist_casts(dense.graph)
     if precision == "int8":
         passes["quantized"] = sum(node.op_type == "QuantizeLinear" for node in dense.graph.node)
+        if opset < INTEGER_WEIGHTS:
+            passes["weights_rounded_in_graph"] = quantize_in_graph(dense.graph)
     if mask_states:
         passes["mask_states"] = _give_mask_states(dense, spec)
     if plugins:  # behind the mask states, which are read beside the calls

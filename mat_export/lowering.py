@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from mat_export.contract import UserError
 from mat_export.graphs import attribute_of, prune
 
-__all__ = ["LOWEST_OPSET", "LoweringError", "lower_opset"]
+__all__ = ["LOWEST_OPSET", "LoweringError", "lower_opset", "quantize_in_graph"]
 
 LOWEST_OPSET = 17
 """The oldest opset with every operator the inference form needs."""
@@ -161,6 +162,41 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> bool:
     current.version = opset
     model.ir_version = min(model.ir_version, _IR_VERSIONS[opset])
     return True
+
+
+def quantize_in_graph(graph: onnx.GraphProto) -> int:
+    """Give weights in INT8 as the FP32 numbers that they stand for, and a node that rounds them.
+
+    TensorRT 8.6 has no constants in INT8 (its ``IConstantLayer``), but folds the two into one. The
+    integers are the same again: a product and a quotient are off by 2⁻²³ of at most 127.
+
+    Returns:
+        How many weights there were.
+    """
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights:
+            name, scale, *zero = node.input
+            integers, steps = (numpy_helper.to_array(weights[n]) for n in (name, scale))
+            axis = attribute_of(node, "axis", 1)
+            shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
+            values = integers * steps.reshape(shape if steps.ndim else ())
+            floats, rounded = f"{name}/floats", f"{name}/rounded"
+            weights[floats] = numpy_helper.from_array(values.astype(np.float32), floats)
+            pair = helper.make_node(
+                "QuantizeLinear", [floats, scale, *zero], [rounded], rounded, axis=axis
+            )
+            node.input[0] = rounded
+            nodes.append(pair)
+        nodes.append(node)
+    added = len(nodes) - len(graph.node)
+    if added:
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(weights.values())
+        prune(graph)
+    return added
 
 
 def _revisions(node: onnx.NodeProto, old: int, new: int) -> list[int]:

@@ -11,7 +11,13 @@ from kernel_harness import compile_on_paper
 from small import SMALL
 
 from engines.plugins.kernels import KernelLibrary
-from mat_torch import Checkpoint, preset, random_checkpoint, save_checkpoint
+from mat_torch import (
+    Checkpoint,
+    load_checkpoint,
+    preset,
+    random_checkpoint,
+    save_checkpoint,
+)
 
 if TYPE_CHECKING:
     from calib.calibrate import Calibration
@@ -31,6 +37,17 @@ def tiny_onnx(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
     export_onnx(tiny_checkpoint, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest network, its checkpoint beside it, for what does not ask how large it is."""
+    from mat_export.export import export_onnx
+
+    folder = tmp_path_factory.mktemp("small")
+    save_checkpoint(random_checkpoint(SMALL, 0), folder / "small.safetensors")
+    export_onnx(load_checkpoint(folder / "small.safetensors"), folder / "small.onnx")
+    return folder / "small.onnx"
 
 
 @pytest.fixture(scope="session")

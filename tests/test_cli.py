@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small import SMALL
 
 import cli
-from mat_torch import Checkpoint, load_checkpoint, save_checkpoint
+from mat_torch import Checkpoint, load_checkpoint, random_checkpoint, save_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -97,10 +98,10 @@ def test_convert_keeps_the_weights(run: Run, tiny_checkpoint: Checkpoint, tmp_pa
 
 
 def test_parity_passes_on_the_export_and_writes_its_figures(
-    run: Run, tiny_onnx: Path, tmp_path: Path
+    run: Run, small_onnx: Path, tmp_path: Path
 ) -> None:
     figures, page = tmp_path / "parity.json", tmp_path / "page"
-    code, out, error = run("parity", tiny_onnx, "--json", figures, "--report", page)
+    code, out, error = run("parity", small_onnx, "--json", figures, "--report", page)
     assert code == 0, error
     assert "checkerboard" in out
     assert "parity passed" in error
@@ -108,11 +109,13 @@ def test_parity_passes_on_the_export_and_writes_its_figures(
     assert (page / "index.html").stat().st_size > 10_000
 
 
-def test_parity_exits_with_1_where_models_differ(run: Run, tiny_onnx: Path, tmp_path: Path) -> None:
+def test_parity_exits_with_1_where_models_differ(
+    run: Run, small_onnx: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other.safetensors"
-    assert run("convert", "-o", other, "--preset", "mat-tiny-256", "--random-weights", 9)[0] == 0
+    save_checkpoint(random_checkpoint(SMALL, 9), other)
     figures = tmp_path / "parity.json"
-    code, out, error = run("parity", other, "--reference", tiny_onnx, "--json", figures)
+    code, out, error = run("parity", other, "--reference", small_onnx, "--json", figures)
     assert code == 1
     assert "FAILED" in error
     assert "over 0.0001" in out

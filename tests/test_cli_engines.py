@@ -266,10 +266,10 @@ def test_refit_prepares_the_new_weights_as_the_engine_was(
 
 
 def test_debug_names_no_layer_where_backends_agree(
-    run: Run, tiny_onnx: Path, tmp_path: Path
+    run: Run, small_onnx: Path, tmp_path: Path
 ) -> None:
     figures = tmp_path / "debug.json"
-    code, out, error = run("debug", tiny_onnx, "--json", figures)
+    code, out, error = run("debug", small_onnx, "--json", figures)
     assert code == 0, error
     assert "no divergence" in error
     assert "second_stage" in out
@@ -282,10 +282,10 @@ def test_debug_exits_with_1_and_names_the_layer(run: Run, tiny_onnx: Path) -> No
     assert "they part at" in error
 
 
-def test_a_recording_stands_for_the_reference(run: Run, tiny_onnx: Path, tmp_path: Path) -> None:
+def test_a_recording_stands_for_the_reference(run: Run, small_onnx: Path, tmp_path: Path) -> None:
     recording = tmp_path / "reference.npz"
-    assert run("parity", tiny_onnx, "--record", recording)[0] == 0
-    code, out, error = run("parity", tiny_onnx, "--reference", recording)
+    assert run("parity", small_onnx, "--record", recording)[0] == 0
+    code, out, error = run("parity", small_onnx, "--reference", recording)
     assert code == 0, error
     assert "recording" in out
 

@@ -807,12 +807,14 @@ def test_each_tensorrt_and_gpu_has_its_timing_cache(
 # -- Ctrl-C ----------------------------------------------------------------------------------------
 
 _SCRIPT = """
+import signal
 import sys
 import engines.process
 from pathlib import Path
 from engines.build import build_engine
 from engines.options import BuildOptions
 engines.process._PATIENCE_SECONDS = 1.0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background
 folder = Path(sys.argv[1])
 options = BuildOptions.from_json(sys.argv[2])
 try:

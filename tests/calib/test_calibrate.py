@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from rtx_plan import convolution_work, read_plan
 from small_calibration import NETWORK, OPTIONS
 from typer.testing import CliRunner
@@ -185,6 +186,31 @@ def test_the_graph_of_an_engine_is_typed(small_calibration: Quantized, opset: in
     forbidden = ("mapping", "styles", "Attention", "MaskPropagation", "toRGB", "to_style", "pool")
     assert names
     assert not any(word in name for name in names for word in forbidden)
+
+
+def test_tensorrt_8_gets_no_weights_in_int8(small_calibration: Quantized) -> None:
+    """It has no such constants; the numbers that they stand for become the same integers again."""
+    graph = prepare_engine_graph(small_calibration[0], "int8", opset=17).model.graph
+    newer = prepare_engine_graph(small_calibration[0], "int8", opset=22).model.graph
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    given = {t.name: numpy_helper.to_array(t) for t in newer.initializer}
+    assert not any(v.any() for v in constants.values() if v.dtype == np.int8), "but zero points"
+    pairs = [n for n in graph.node if n.name.endswith("/int8/rounded")]
+    assert len(pairs) == sum(v.dtype == np.int8 and v.any() for v in given.values()) > 0
+    evaluate = ReferenceEvaluator(_alone(pairs, graph))
+    for name, rounded in zip([n.output[0] for n in pairs], evaluate.run(None, {}), strict=True):
+        assert np.array_equal(rounded, given[name.removesuffix("/rounded")])
+
+
+def _alone(nodes: list[onnx.NodeProto], graph: onnx.GraphProto) -> onnx.ModelProto:
+    """A model of nodes that read constants alone."""
+    outputs = [helper.make_tensor_value_info(n.output[0], TensorProto.INT8, None) for n in nodes]
+    read = {name for node in nodes for name in node.input}
+    held = [tensor for tensor in graph.initializer if tensor.name in read]
+    opset = [helper.make_opsetid("", 17)]
+    return helper.make_model(
+        helper.make_graph(nodes, "pairs", [], outputs, held), opset_imports=opset
+    )
 
 
 @pytest.mark.parametrize("opset", [17, 20])
