@@ -205,13 +205,12 @@ def _give_mask_states(model: onnx.ModelProto, spec: GraphSpec) -> int:
         for values in (node.input, node.output):
             for i, name in enumerate(values):
                 values[i] = inner.get(name, name)
-    shapes = {v.name: v.type.tensor_type.shape for v in graph.value_info}
     for name in names:
         cast = helper.make_node("Cast", [inner[name]], [name], f"{name}/Cast", to=TensorProto.FLOAT)
         graph.node.append(cast)
-        output = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-        if name in shapes:
-            output.type.tensor_type.shape.CopyFrom(shapes[name])
-        graph.output.append(output)
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     del graph.value_info[:]
+    shapes = {v.name: v.type for v in onnx.shape_inference.infer_shapes(model).graph.output}
+    for output in graph.output:
+        output.type.CopyFrom(shapes[output.name])
     return len(names)

@@ -57,6 +57,7 @@ def test_mask_states_become_outputs(tiny_onnx: Path) -> None:
     names = [f"mask_state/{name}" for name in mask_state_names(graph.spec.config)]
     assert {o.name for o in graph.model.graph.output} == {"output", *names}
     assert graph.passes["mask_states"] == len(names)
+    onnx.checker.check_model(graph.model, full_check=True)  # shapes of all outputs among the rest
     inputs = example_inputs(graph.spec, 1)
     with OrtRunner(graph.model.SerializeToString()) as runner:
         results = runner.run(inputs)
