@@ -8,15 +8,21 @@ free: a convolution that was told its type would not become INT8. Plugins stay f
 types bound, 8.6.0 found "No supported formats for ...MaskedWindowAttention" on an H200; free, the
 mat-512 engine was built, ran, and was faster than the one without plugins. From TensorRT 10 on
 networks are strongly typed and nothing of this is needed.
+
+A quantized graph comes without casts (`mat_export.free_types`) and names the tensors that have to
+be FP32: their layers alone are bound, and all others are free to be INT8 or half.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import onnx
 from onnx import TensorProto
+
+from mat_export.contract import SINGLE_KEY
 
 __all__ = ["constrain", "tensor_types"]
 
@@ -35,10 +41,12 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
 def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, int]:
     """Give each layer of a parsed network the type that the file gives its outputs.
 
+    Of a graph that names what has to be FP32, the layers that give those tensors alone.
+
     Args:
         module: TensorRT 8.6's Python module.
         network: The INetworkDefinition that the parser made of `model`.
-        model: The typed graph.
+        model: The graph.
 
     Returns:
         How many layers were set to half precision and how many to FP32.
@@ -53,6 +61,7 @@ def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, i
         if node.op_type == "DequantizeLinear"
         for name in node.output
     }
+    only = _named(model)
     counts = dict.fromkeys(wanted, 0)
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -66,6 +75,8 @@ def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, i
         for output in outputs:
             if output.name not in types and before is not None:
                 types[output.name] = before
+        if only is not None and not (outputs and outputs[0].name in only):
+            continue
         kind = types.get(outputs[0].name) if outputs else None
         integral = any(output.dtype in (module.int32, module.bool) for output in outputs)
         if kind not in wanted or integral or _FREE.search(layer.name):
@@ -75,3 +86,10 @@ def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, i
             layer.set_output_type(j, wanted[kind])
         counts[kind] += 1
     return counts[int(TensorProto.FLOAT16)], counts[int(TensorProto.FLOAT)]
+
+
+def _named(model: onnx.ModelProto) -> Collection[str] | None:
+    """The tensors that have to be FP32, where the file says which."""
+    texts = (entry.value for entry in model.metadata_props if entry.key == SINGLE_KEY)
+    text = next(texts, None)
+    return None if text is None else frozenset(text.split())

@@ -22,6 +22,7 @@ __all__ = [
     "CALIBRATION_KEY",
     "METADATA_KEY",
     "OPERATOR_DOMAIN",
+    "SINGLE_KEY",
     "STATE_PREFIX",
     "Closing",
     "GraphSpec",
@@ -39,6 +40,10 @@ METADATA_KEY = "mat.graph"
 CALIBRATION_KEY = "mat.calibration"
 """ONNX metadata property of an INT8 model: what it was calibrated on, and how well it does, as
 JSON."""
+
+SINGLE_KEY = "mat.single"
+"""ONNX metadata property of a graph whose types the builder chooses: the tensors that have to be in
+single precision, with spaces between."""
 
 OPERATOR_DOMAIN = "mat"
 """ONNX domain of the custom operators, which is also their plugin namespace."""

@@ -25,6 +25,7 @@ from mat_export.contract import (
     mask_state_names,
 )
 from mat_export.epilogues import fuse_epilogues
+from mat_export.free_types import free_types
 from mat_export.functions import function_library
 from mat_export.fusing import compute_biases
 from mat_export.inlining import inline_functions
@@ -49,7 +50,8 @@ ENGINE_PRECISIONS = ("fp32", "tf32", *PRECISIONS)
 with Q/DQ nodes, the rest of it in FP16."""
 
 INTEGER_WEIGHTS = 18
-"""TensorRT has taken weights in INT8 since it has parsed an opset of at least so much."""
+"""TensorRT that parses no such opset takes no weights in INT8 and chooses a quantized network's
+types itself."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def prepare_model(
     if precision == "int8":
         passes["quantized"] = sum(node.op_type == "QuantizeLinear" for node in dense.graph.node)
         if opset < INTEGER_WEIGHTS:
+            dense = free_types(dense)
             passes["weights_rounded_in_graph"] = quantize_in_graph(dense.graph)
     if mask_states:
         passes["mask_states"] = _give_mask_states(dense, spec)

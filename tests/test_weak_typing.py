@@ -149,6 +149,23 @@ def test_what_becomes_int8_is_told_no_type() -> None:
     assert after.precision == "float"
 
 
+def test_of_a_quantized_network_what_it_names_alone_is_bound(
+    small_calibration: tuple[Path, object],
+) -> None:
+    model = prepare_engine_graph(small_calibration[0], "int8", opset=17).model
+    layers = [
+        Layer(node.name, "ELEMENTWISE", [*node.input[:1]], [node.output[0]])
+        for node in model.graph.node
+        if node.op_type not in ("Cast", "Shape", "QuantizeLinear", "DequantizeLinear")
+    ]
+    halves, singles = constrain(TRT, Network(layers), model)
+    told = {layer.name for layer in layers if layer.precision is not None}
+    assert halves == 0
+    assert 0 < singles == len(told) < len(layers) / 2
+    assert any(name.startswith("mapping") for name in told)
+    assert not any(name.endswith("conv/Conv") for name in told)
+
+
 def test_mask_propagation_stays_free() -> None:
     """Bound, it left 8.6 without an implementation for the block around it."""
     layer = Layer("first.blocks.0/MaskPropagation/valid_count", "REDUCE", ["m"], ["n"])
