@@ -3,7 +3,9 @@
 Two runs of a graph are compared tensor by tensor: not every one, but those that leave a module
 (node names are ``module.path/Op``), in the order of the graph. The first that differs is the
 divergence, and the nodes that can have caused it are those between it and the tensors before it
-that agree.
+that agree. Where not all fit into one run, those of the first run lie evenly over the graph, its
+last among them, and those of the next between the last that agrees and the first that does not:
+for an engine every run is a build.
 
 The typed graphs of ``precision`` keep the names of the FP32 graph, so each can be held against it.
 """
@@ -90,12 +92,14 @@ class Divergence:
         suspects: Nodes between the first tensor that differs and the tensors that agree, in the
             order of the graph; empty if there is no divergence.
         agreeing: Those tensors.
+        of: How many tensors there were to compare.
     """
 
     tolerance: float
     tensors: tuple[TensorComparison, ...]
     suspects: tuple[Suspect, ...]
     agreeing: tuple[str, ...]
+    of: int
 
     @property
     def first(self) -> TensorComparison | None:
@@ -106,9 +110,12 @@ class Divergence:
         """The result in a sentence or three."""
         if self.first is None:
             worst = max(self.tensors, key=lambda tensor: tensor.relative or 0.0)
+            number = f"{len(self.tensors)}"
+            if len(self.tensors) < self.of:
+                number += f" evenly spread ones of {self.of}"
             return (
-                f"no divergence in {len(self.tensors)} tensors: the largest relative error is "
-                f"{worst.relative:.1e} at {worst.tensor}, within {self.tolerance:g}"
+                f"no divergence in {number} tensors: the largest relative error "
+                f"is {worst.relative:.1e} at {worst.tensor}, within {self.tolerance:g}"
             )
         nodes = ", ".join(f"{s.node} ({s.operator})" for s in self.suspects)
         after = ", ".join(self.agreeing) or "only the inputs"
@@ -159,8 +166,7 @@ def find_divergence(
         reference: What `run_b` runs; by default the same model.
         candidates: Tensors to compare; by default those of ``checkpoints_of`` that both have and
             that are no integers.
-        at_once: Tensors that one run gives, so that all fit in memory; after the runs that show a
-            divergence there are no more. None gives all in one run.
+        at_once: Tensors that one run gives, so that all fit in memory. None gives all in one run.
         progress: Called with what is done next, the number of runs done and how many there are.
 
     Raises:
@@ -175,19 +181,39 @@ def find_divergence(
     held = tried if reference is None else _Graph(reference)
     chosen = _choose(tried, held, candidates)
     size = at_once or len(chosen)
-    groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-    compared: list[TensorComparison] = []
-    for i, group in enumerate(groups):
-        progress("on trial", 2 * i, 2 * len(groups))
+    runs = math.ceil(math.log(len(chosen) + 1) / math.log(size + 1) - 1e-9)
+    seen: dict[str, TensorComparison] = {}
+    span, done = chosen, 0
+    while span:
+        group = _spread(span, size)
+        progress("on trial", 2 * done, 2 * runs)
         a = tried.run(run_a, group, inputs)
-        progress("reference", 2 * i + 1, 2 * len(groups))
+        progress("reference", 2 * done + 1, 2 * runs)
         b = held.run(run_b, group, inputs)
-        compared += [_compare(name, tried, a[name], b[name], tolerance) for name in group]
-        if any(not tensor.agrees for tensor in compared):
-            break
-    progress("done", 2 * len(groups), 2 * len(groups))
+        seen |= {name: _compare(name, tried, a[name], b[name], tolerance) for name in group}
+        done, runs = done + 1, max(runs, done + 2)
+        span = _unsure(chosen, seen) or tried.unsure(chosen, seen)
+    progress("done", 2 * done, 2 * done)
+    compared = [seen[name] for name in chosen if name in seen]
     suspects, agreeing = tried.between(compared)
-    return Divergence(tolerance, tuple(compared), suspects, agreeing)
+    return Divergence(tolerance, tuple(compared), suspects, agreeing, len(chosen))
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    """So many of the names at most, evenly spread, the last among them."""
+    count = min(count, len(names))
+    return [names[len(names) * (i + 1) // count - 1] for i in range(count)]
+
+
+def _unsure(chosen: Sequence[str], seen: Mapping[str, TensorComparison]) -> list[str]:
+    """The tensors right before the first that differs, as far as nothing is known of them."""
+    differing = [i for i, name in enumerate(chosen) if name in seen and not seen[name].agrees]
+    if not differing:
+        return []
+    begin = end = differing[0]
+    while begin and chosen[begin - 1] not in seen:
+        begin -= 1
+    return list(chosen[begin:end])
 
 
 def checkpoints_of(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -279,6 +305,21 @@ class _Graph:
             graph.node.append(helper.make_node("Cast", [name], [place], place, to=kind))
         graph.output.append(helper.make_tensor_value_info(place, kind, None))
         return place
+
+    def unsure(self, chosen: Sequence[str], seen: Mapping[str, TensorComparison]) -> list[str]:
+        """The tensors that the first one that differs is made of, as far as nothing is known."""
+        pending = [name for name in chosen if name in seen and not seen[name].agrees][:1]
+        wanted, passed, found = set(chosen), set[str](), set[str]()
+        while pending:
+            for name in self.producers[pending.pop()].input:
+                if name in passed or name not in self.producers:
+                    continue
+                passed.add(name)
+                if name not in wanted:
+                    pending.append(name)
+                elif name not in seen:
+                    found.add(name)
+        return [name for name in chosen if name in found]
 
     def between(
         self, compared: Sequence[TensorComparison]

@@ -273,7 +273,7 @@ def test_debug_names_no_layer_where_backends_agree(
     assert code == 0, error
     assert "no divergence" in error
     assert "second_stage" in out
-    assert len(json.loads(figures.read_text())["tensors"]) > 50
+    assert len(json.loads(figures.read_text())["tensors"]) == 40
 
 
 def test_debug_exits_with_1_and_names_the_layer(run: Run, tiny_onnx: Path) -> None:

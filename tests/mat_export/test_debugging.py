@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_zero_and_other_shapes_are_never_in_agreement() -> None:
     assert shorter.first.problem == "its shape is [3] and the reference's [4]"
 
 
-def test_runs_of_a_few_tensors_each_stop_after_the_divergence() -> None:
+def test_runs_of_a_few_tensors_close_in_on_the_divergence() -> None:
     seen: list[tuple[str, int, int]] = []
     options: dict[str, Any] = {"at_once": 2, "progress": lambda *step: seen.append(step)}
     found = parted(toy(shift=3.0), toy(), **options)
@@ -191,9 +192,25 @@ def test_runs_of_a_few_tensors_each_stop_after_the_divergence() -> None:
     assert found.first.tensor == "three/Greater"
     assert len(found.tensors) == 4
     assert [step[:2] for step in seen] == [
-        *(("on trial", 0), ("reference", 1), ("on trial", 2), ("reference", 3), ("done", 6)),
+        *(("on trial", 0), ("reference", 1), ("on trial", 2), ("reference", 3), ("done", 4)),
     ]
-    assert len(parted(toy(), toy(), at_once=4).tensors) == 6
+    assert found == replace(parted(toy(shift=3.0), toy()), tensors=found.tensors)
+
+
+def test_where_the_ends_of_a_graph_agree_one_run_is_all() -> None:
+    found = parted(toy(), toy(), at_once=4)
+    assert len(found.tensors) == 4
+    assert found.tensors[-1].tensor == checkpoints_of(toy())[-1]
+    assert "in 4 evenly spread ones of 6 tensors" in str(found)
+    assert "in 6 tensors:" in str(parted(toy(), toy()))
+
+
+@pytest.mark.parametrize("at_once", range(1, 8))
+def test_however_many_at_once_the_same_tensor_is_found(at_once: int) -> None:
+    for shift in (0.0, 3.0):
+        one, few = (parted(toy(shift=shift), toy(), at_once=n) for n in (None, at_once))
+        assert one.first == few.first
+        assert one.suspects == few.suspects
 
 
 def test_the_table_and_the_json_say_the_same() -> None:
