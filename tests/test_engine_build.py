@@ -22,6 +22,7 @@ from fake_tensorrt import GPU, fake_device_info, make_tensorrt, write_module
 from onnx import TensorProto, helper
 
 from engines.backend import Absent, Backend, BuildHooks, Gpu, find_backends, open_backend
+from engines.backend.messages import logger_of
 from engines.build import build_engine, timing_cache_path
 from engines.options import BuildOptions
 from engines.worker import CacheFile, CacheKeeper, Percentage
@@ -407,6 +408,21 @@ def test_a_failed_build_tells_tensorrts_errors(install: Install) -> None:
     install("10.13.3", "fails")
     with pytest.raises(UserError, match="Error Code 10: no implementation for first_stage/Conv"):
         configured(open_backend("tensorrt"))
+
+
+def test_what_a_build_goes_on_after_is_no_reason_of_its_failure(install: Install) -> None:
+    """As 8.6 said it on an H200, of the cache that it had written itself."""
+    module = install("8.6.0")
+    logger, heard = logger_of(module), []
+    logger.sink = lambda severity, text: heard.append(severity)
+    for text in (
+        "1: [myelinCache.h::deserializeFromBuffer::52] Error Code 1: Myelin (Myelin error from x)",
+        "4: The timing cache will not be used!",
+        "10: could not find any implementation for node y",
+    ):
+        logger.log(module.ILogger.Severity.ERROR, text)
+    assert heard == ["warning", "warning", "error"]
+    assert list(logger.errors) == ["10: could not find any implementation for node y"]
 
 
 @pytest.mark.usefixtures("gpu")

@@ -15,6 +15,10 @@ from mat_export.contract import UserError
 __all__ = ["logger_of", "reason_of", "refusal_of"]
 
 
+_SURVIVED = re.compile(r"myelinCache\.h::deserialize|timing cache will not be used", re.IGNORECASE)
+"""Errors that a build goes on after: 8.6 does not read back a timing cache with Myelin's in it."""
+
+
 @functools.cache
 def logger_of(module: Any) -> Any:
     """The one logger of a module: TensorRT keeps the first it is given for good."""
@@ -32,6 +36,7 @@ def logger_of(module: Any) -> Any:
             if word == "verbose" and self.sink is None:
                 return
             word = "error" if word == "internal_error" else word
+            word = "warning" if _SURVIVED.search(msg) else word
             if word == "error":
                 self.errors.append(msg)
             # An exception would cross TensorRT's C++ and end the process.
