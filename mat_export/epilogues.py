@@ -189,7 +189,7 @@ class _Pass:
             assert gain is not None, "a filter has a gain"
             chain.attributes |= {"filter": 1, "pad": attribute_of(node, "pads")[0], "gain": gain}
         elif step == "leaky_relu":
-            chain.attributes["slope"] = attribute_of(node, "alpha")
+            chain.attributes["slope"] = attribute_of(node, "alpha", 0.01)
         else:
             chain.parts[step] = _other(node, x)
 
