@@ -54,6 +54,16 @@ def test_attributes_that_no_kernel_has_are_refused(
     assert not harness.refused("WindowAttention", f"window=8 shift=4 heads={heads or 1}")
 
 
+def test_with_shapes_that_do_not_fit_nothing_is_run(harness: Harness) -> None:
+    """Nothing here can refuse a build; a kernel would read beyond the mask."""
+    q, y = torch.zeros(1, 16, 16, 12), torch.full((1, 16, 16, 12), torch.nan)
+    mask = torch.ones(1, 1, 8, 16, dtype=torch.int32)
+    given = "window=8 shift=4 heads=2"
+    assert harness.play("MaskedWindowAttention", given, [q, q, q, mask], y) == 1  # invalid value
+    assert "the mask is not [B, 1, H, W]" in harness.last_line
+    assert y.isnan().all()
+
+
 @pytest.mark.parametrize("layout", ["linear", "channels last"])
 @pytest.mark.parametrize("case", LIFE.values(), ids=LIFE.keys())
 def test_the_epilogue_lives_through_build_and_run(

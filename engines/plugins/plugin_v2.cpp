@@ -33,11 +33,8 @@ class Plugin final : public IPluginV2DynamicExt {
 
     void configurePlugin(DynamicPluginTensorDesc const* in, int32_t inputs,
                          DynamicPluginTensorDesc const*, int32_t) noexcept override {
-        std::array<Dims, mat::kMostInputs> shapes{};
-        if (inputs > mat::kMostInputs) return;
-        for (int32_t i = 0; i < inputs; ++i) shapes[i] = in[i].max;
-        char const* problem = mat::shapes_problem(attributes_, shapes.data(), inputs);
-        if (problem != nullptr) mat::complain(attributes_.kind, problem);
+        // It can but say so; with such shapes nothing is run.
+        if (inputs == attributes_.inputs()) fit([in](int32_t i) { return in[i].max; });
     }
 
     size_t getWorkspaceSize(PluginTensorDesc const*, int32_t, PluginTensorDesc const*,
@@ -49,6 +46,7 @@ class Plugin final : public IPluginV2DynamicExt {
 
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
                     void* const* outputs, void*, cudaStream_t stream) noexcept override {
+        if (!fit([in](int32_t i) { return in[i].dims; })) return cudaErrorInvalidValue;
         return mat::launch(attributes_, in, inputs, outputs, stream);
     }
 
@@ -73,6 +71,17 @@ class Plugin final : public IPluginV2DynamicExt {
     char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
    private:
+    // Whether the shapes of the inputs fit each other and the kernels; the logger hears why not.
+    template <typename ShapeOf>
+    bool fit(ShapeOf shape_of) const noexcept {
+        std::array<Dims, mat::kMostInputs> shapes{};
+        for (int32_t i = 0; i < attributes_.inputs(); ++i) shapes[i] = shape_of(i);
+        char const* problem =
+            mat::shapes_problem(attributes_, shapes.data(), attributes_.inputs());
+        if (problem != nullptr) mat::complain(attributes_.kind, problem);
+        return problem == nullptr;
+    }
+
     Attributes attributes_;
     std::string namespace_;
 };
