@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+import pytest
 from onnx import TensorProto, helper
+from rtx_plan import convolution_work, read_plan
 
+from engines.backend import BuildHooks, open_backend
+from engines.options import BuildOptions
 from mat_export.bench import example_inputs
 from mat_export.contract import SINGLE_KEY
 from mat_export.engine_graph import prepare_engine_graph, spec_of
@@ -71,3 +75,22 @@ def test_a_quantized_network_is_as_good(
         found.append(psnr)
     assert min(found) > 35.0
     assert abs(found[0] - found[1]) < 1.0
+
+
+def test_a_builder_makes_the_same_layers_int8_with_fewer_kernels(
+    small_calibration: tuple[Path, object],
+) -> None:
+    """TensorRT-RTX stands in for 8.6, which needs a GPU: the rounding of weights is folded."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    backend, options = open_backend("tensorrt-rtx"), BuildOptions(target="sm_89")
+    found = []
+    for opset in (22, 17):
+        graph = prepare_engine_graph(small_calibration[0], "int8", opset=opset).model
+        plan = read_plan(backend.build(graph.SerializeToString(), options, {}, BuildHooks()))
+        int8 = {name for name, kinds in plan.convolutions.items() if kinds == ("int8", "int8")}
+        assert int8 <= convolution_work(graph).keys()
+        found.append((int8, len(plan.kernels)))
+    (typed, kernels), (free, fewer) = found
+    assert typed == free
+    assert typed
+    assert fewer < kernels
