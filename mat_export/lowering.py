@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from mat_export.contract import UserError
-from mat_export.graphs import attribute_of, prune
+from mat_export.graphs import attribute_of, prune, write_graph
 
 __all__ = ["LOWEST_OPSET", "LoweringError", "lower_opset", "quantize_in_graph"]
 
@@ -191,11 +191,7 @@ def quantize_in_graph(graph: onnx.GraphProto) -> int:
             nodes.append(pair)
         nodes.append(node)
     added = len(nodes) - len(graph.node)
-    if added:
-        del graph.node[:], graph.initializer[:]
-        graph.node.extend(nodes)
-        graph.initializer.extend(weights.values())
-        prune(graph)
+    write_graph(graph, nodes, weights.values())
     return added
 
 
