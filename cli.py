@@ -809,6 +809,10 @@ def train(
         Path | None,
         typer.Option(help="VGG-19 weights, the published loss. [default: EfficientNet-Lite0]"),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Fine-tune: begin with this model's weights, and train its network."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save.")] = False,
     export: Annotated[
         Path | None, typer.Option(help="Write the averaged generator here at the end.")
@@ -831,12 +835,22 @@ def train(
         require_writable(export)
     try:
         options = changed(training_preset(preset), settings or ())
+        initial = None
+        if init is not None:
+            from mat_torch.training_state import InitialWeights
+
+            initial = InitialWeights.load(init)
+            options = replace(options, config=initial.generator.config)
+            beside = "its discriminator" if initial.discriminator else "a new discriminator"
+            note(f"begins with {initial.generator.source}, {beside}")
         if network is not None:
             options = replace(options, config=network_preset(network))
         options = options if images is None else replace(options, images=images)
         crops = CropOptions(share=_share(share), jitter=jitter, masks=masks.value)
         pictures = TrainingData(data, crops, max_side=max_side, workers=workers)
-        state = run_training(options, pictures, output, vgg=vgg, resume=resume, report=note)
+        state = run_training(
+            options, pictures, output, vgg=vgg, initial=initial, resume=resume, report=note
+        )
         if export is not None:
             from mat_torch.training import export_ema
 

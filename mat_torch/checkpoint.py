@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
 import safetensors
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mat_torch.config import CHOICES, PRESETS, ConfigError, GeneratorConfig
+from mat_torch.discriminator import Discriminator
 from mat_torch.generator import Generator
 from mat_torch.pickle_reader import (
     Module,
@@ -40,6 +41,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "load_checkpoint",
+    "load_discriminator",
     "random_checkpoint",
     "save_checkpoint",
     "weights_digest",
@@ -48,6 +50,9 @@ __all__ = [
 _DEFAULT_KEY = "G_ema"
 _WRAPPERS = (_DEFAULT_KEY, "ema", "state_dict", "params_ema", "model", "generator")
 """Under which of these a .pth file may hold its state dict; the first one found counts."""
+
+_DISCRIMINATOR_KEYS = ("D", "discriminator")
+"""Its name in the authors' pickles, and in our checkpoints of training runs."""
 
 _CONSTANTS = (".resample_filter", ".attn_mask")
 """Tensors of the published files that follow from the configuration."""
@@ -61,6 +66,10 @@ _MAX_SIZE = 2**20
 
 class CheckpointError(ValueError):
     """A file that gives no generator. One sentence says what was got and what to do."""
+
+
+class _NoNetworkError(CheckpointError):
+    """A file that holds networks, but not this one."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +130,9 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str = _DEFAULT_KEY) ->
     path = Path(path)
     try:
         contents = _read(path, key)
-        tensors = _generator_tensors(contents.tensors)
+        tensors = _by_name(contents.tensors)
         config = contents.config or _recognise(tensors)
-        _require_fit(tensors, config)
+        _require_fit(tensors, _expected(config), config.name)
         weights = {name: _float32(name, tensors[name]) for name in _expected(config)}
         digest = weights_digest(weights)
         if contents.digest not in (None, digest):
@@ -134,6 +143,41 @@ def load_checkpoint(path: str | os.PathLike[str], *, key: str = _DEFAULT_KEY) ->
     except (PickleError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Checkpoint(config, weights, digest, path.name)
+
+
+def load_discriminator(
+    path: str | os.PathLike[str], config: GeneratorConfig
+) -> dict[str, Tensor] | None:
+    """Read the discriminator beside a generator, as `load_checkpoint` reads that.
+
+    Args:
+        path: A pickle as the authors publish them, a checkpoint of a training run of ours, or any
+            other file that `load_checkpoint` reads; most hold none.
+        config: The generator's, which gives the discriminator's sizes.
+
+    Returns:
+        Every entry of its state dict by name, float32 on the CPU; None: there is none.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or its discriminator is damaged or another's.
+    """
+    path = Path(path)
+    with torch.device("meta"):
+        discriminator = Discriminator(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in discriminator.state_dict().items()}
+    try:
+        for key in _DISCRIMINATOR_KEYS:
+            try:
+                tensors = _by_name(_read(path, key).tensors)
+            except _NoNetworkError:
+                continue
+            if not _is_discriminator(tensors):  # a file of one network, which needs no key
+                continue
+            _require_fit(tensors, expected, f"the discriminator of {config.name}")
+            return {name: _float32(name, tensors[name]) for name in expected}
+    except (PickleError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return None
 
 
 def save_checkpoint(
@@ -159,7 +203,7 @@ def save_checkpoint(
     """
     path = Path(path)
     try:
-        _require_fit(checkpoint.tensors, checkpoint.config)
+        _require_fit(checkpoint.tensors, _expected(checkpoint.config), checkpoint.config.name)
         arrays = {name: _stored(name, t, dtype) for name, t in checkpoint.tensors.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
@@ -311,7 +355,7 @@ def _state_dict(loaded: object, key: str) -> Mapping[Any, Any]:
         if isinstance(loaded.get(name), Mapping):
             inner: Mapping[Any, Any] = loaded[name]
             return inner
-    raise CheckpointError(
+    raise _NoNetworkError(
         f"the file holds no state dict under '{key}'; it has {_listed(map(str, loaded))}"
     )
 
@@ -331,7 +375,7 @@ def _network(loaded: object, key: str) -> Mapping[Any, Any]:
     if not networks:
         raise CheckpointError("the pickle holds no networks; one of the authors' files is needed")
     if key not in networks:
-        raise CheckpointError(
+        raise _NoNetworkError(
             f"the pickle holds no network '{key}'; choose one of {_listed(networks)}"
         )
     return module_tensors(networks[key])
@@ -342,15 +386,19 @@ def _network(loaded: object, key: str) -> Mapping[Any, Any]:
 _ENCODER = re.compile(r"synthesis\.enc\.EncConv_Block_([0-9]{1,5})x\1\.")
 
 
+_Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Shape of every entry of a network's state dict, by name."""
+
+
 @functools.lru_cache(maxsize=16)
-def _expected(config: GeneratorConfig) -> Mapping[str, tuple[int, ...]]:
+def _expected(config: GeneratorConfig) -> _Shapes:
     """Name → shape of every entry of a generator's state dict."""
     with torch.device("meta"):
         generator = Generator(config)
     return {name: tuple(tensor.shape) for name, tensor in generator.state_dict().items()}
 
 
-def _generator_tensors(contents: Mapping[Any, Any]) -> dict[str, Tensor]:
+def _by_name(contents: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Tensors by the names of our state dict: prefix stripped, constants left out."""
     prefix = "module."
     names = [name for name in contents if isinstance(name, str)]
@@ -375,11 +423,15 @@ def _generator_tensors(contents: Mapping[Any, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_discriminator(tensors: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(("Dis.", "Dis_stg1.")) for name in tensors)
+
+
 def _recognise(tensors: Mapping[str, Tensor]) -> GeneratorConfig:
     """The preset of the native size in the names whose names and shapes fit best."""
     sizes = {int(match[1]) for match in map(_ENCODER.match, tensors) if match}
     if not sizes:
-        if any(name.startswith(("Dis.", "Dis_stg1.")) for name in tensors):
+        if _is_discriminator(tensors):
             raise CheckpointError("this is a discriminator; choose a generator, such as 'G_ema'")
         raise CheckpointError(
             "this is no MAT generator, whose tensors are named synthesis.enc.EncConv_Block_…; "
@@ -393,7 +445,7 @@ def _recognise(tensors: Mapping[str, Tensor]) -> GeneratorConfig:
             f"its native size is {native}; {' and '.join(map(str, known))} are known, and other "
             f"sizes need a safetensors file with '{_CONFIG_KEY}'"
         )
-    return min(candidates, key=lambda config: len(_differences(tensors, config).all))
+    return min(candidates, key=lambda config: len(_differences(tensors, _expected(config)).all))
 
 
 @dataclass(frozen=True)
@@ -409,8 +461,7 @@ class _Differences:
         return [*self.missing, *self.surplus, *self.misshapen]
 
 
-def _differences(tensors: Mapping[str, Tensor], config: GeneratorConfig) -> _Differences:
-    expected = _expected(config)
+def _differences(tensors: Mapping[str, Tensor], expected: _Shapes) -> _Differences:
     return _Differences(
         missing=[name for name in expected if name not in tensors],
         surplus=[name for name in tensors if name not in expected],
@@ -420,11 +471,10 @@ def _differences(tensors: Mapping[str, Tensor], config: GeneratorConfig) -> _Dif
     )
 
 
-def _require_fit(tensors: Mapping[str, Tensor], config: GeneratorConfig) -> None:
-    differences = _differences(tensors, config)
+def _require_fit(tensors: Mapping[str, Tensor], expected: _Shapes, network: str) -> None:
+    differences = _differences(tensors, expected)
     if not differences.all:
         return
-    expected = _expected(config)
     shapes = [f"{n} {[*tensors[n].shape]} not {[*expected[n]]}" for n in differences.misshapen]
     parts = [
         f"{len(names)} {kind} ({_listed(names)})"
@@ -436,7 +486,7 @@ def _require_fit(tensors: Mapping[str, Tensor], config: GeneratorConfig) -> None
         if names
     ]
     raise CheckpointError(
-        f"its tensors are not those of {shown(config.name)}: {'; '.join(parts)}; "
+        f"its tensors are not those of {shown(network)}: {'; '.join(parts)}; "
         "use a whole checkpoint of that network"
     )
 

@@ -31,6 +31,7 @@ from mat_torch.training_options import (
     training_preset,
 )
 from mat_torch.training_state import (
+    InitialWeights,
     TrainingState,
     export_ema,
     latest_checkpoint,
@@ -80,6 +81,7 @@ def train(
     folder: str | os.PathLike[str],
     *,
     make_perceptual: MakePerceptual | None = None,
+    initial: InitialWeights | None = None,
     resume: bool = False,
     device: torch.device | None = None,
     report: Callable[[str], None] | None = None,
@@ -95,6 +97,8 @@ def train(
         make_loader: Its data from a sample on.
         folder: Where the run is kept.
         make_perceptual: Makes the perceptual loss for a device; needed unless its weight is 0.
+        initial: Weights to begin with (fine-tuning); random ones without. A resumed run has its
+            own.
         resume: Go on from the folder's newest checkpoint; from the beginning if there is none.
         device: Where to compute; by default CUDA, one device a process, or the CPU.
         report: Takes a line of progress now and then, in the first process.
@@ -113,7 +117,7 @@ def train(
     folder = Path(folder)
     with join_world(device) as world, _arithmetic(options, world.device), _Interruption() as stop:
         options.micro_batch(world.size)
-        state = _begin(options, folder, resume, world.device)
+        state = _begin(options, folder, resume, initial, world.device)
         perceptual = None
         if make_perceptual is not None and options.perceptual_weight > 0.0:
             perceptual = make_perceptual(world.device)
@@ -126,7 +130,11 @@ def train(
 
 
 def _begin(
-    options: TrainingOptions, folder: Path, resume: bool, device: torch.device
+    options: TrainingOptions,
+    folder: Path,
+    resume: bool,
+    initial: InitialWeights | None,
+    device: torch.device,
 ) -> TrainingState:
     """A fresh state, or the one of the newest checkpoint."""
     newest = latest_checkpoint(folder / "checkpoints")
@@ -137,6 +145,8 @@ def _begin(
     state = TrainingState.start(options, device)
     if newest is not None:
         load_state(state, newest)
+    elif initial is not None:
+        state.begin_with(initial)
     return state
 
 

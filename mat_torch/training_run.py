@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from mat_torch.losses import Perceptual
-    from mat_torch.training_state import TrainingState
+    from mat_torch.training_state import InitialWeights, TrainingState
 
 __all__ = ["TrainingData", "changed", "run_training"]
 
@@ -67,6 +67,7 @@ def run_training(
     folder: str | os.PathLike[str],
     *,
     vgg: str | os.PathLike[str] | None = None,
+    initial: InitialWeights | None = None,
     resume: bool = False,
     device: torch.device | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -79,6 +80,7 @@ def run_training(
         folder: Where it is kept, see `training.train`.
         vgg: A file with torchvision's VGG-19 weights, the published perceptual loss; without it
             EfficientNet-Lite0 of the package of that name takes its place.
+        initial: Weights to begin with, see `training.train`.
         resume: Go on from the newest checkpoint of the folder.
         device: Where to compute; by default CUDA, one device a process, or the CPU.
         report: Takes lines of progress.
@@ -107,6 +109,7 @@ def run_training(
             make_loader,
             Path(folder),
             make_perceptual=make_perceptual,
+            initial=initial,
             resume=resume,
             device=device,
             report=report,

@@ -11,6 +11,7 @@ import copy
 import os
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mat_torch.checkpoint import Checkpoint, CheckpointError, save_checkpoint, weights_digest
+from mat_torch.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_discriminator,
+    save_checkpoint,
+    weights_digest,
+)
 from mat_torch.discriminator import Discriminator
 from mat_torch.generator import Generator
 from mat_torch.layers import ModulatedConv
@@ -29,6 +37,7 @@ from mat_torch.training_options import TrainingError, TrainingOptions
 
 __all__ = [
     "Counters",
+    "InitialWeights",
     "TrainingState",
     "export_ema",
     "latest_checkpoint",
@@ -58,6 +67,32 @@ class Counters:
     steps: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What a run begins with instead of random weights.
+
+    Attributes:
+        generator: Of the generator and of its average.
+        discriminator: State dict of the discriminator; None: it begins with random weights.
+    """
+
+    generator: Checkpoint
+    discriminator: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InitialWeights:
+        """Read any file that `load_checkpoint` reads, with its discriminator if it has one.
+
+        Raises:
+            TrainingError: If it cannot be read, or a network in it is damaged.
+        """
+        try:
+            generator = load_checkpoint(path)
+            return cls(generator, load_discriminator(path, generator.config))
+        except CheckpointError as error:
+            raise TrainingError(str(error)) from error
 
 
 @dataclass
@@ -104,6 +139,25 @@ class TrainingState:
         ema = copy.deepcopy(generator).eval().requires_grad_(False)
         adams = _adam(generator, options), _adam(discriminator, options)
         return cls(options, generator, discriminator, ema, *adams)
+
+    def begin_with(self, weights: InitialWeights) -> None:
+        """Take over weights before the first step; the optimizers have seen nothing yet.
+
+        Raises:
+            TrainingError: If the run has begun, or is of another network.
+        """
+        if self.counters.steps:
+            raise TrainingError("a run takes other weights before its first step alone")
+        theirs = weights.generator
+        if theirs.config != self.options.config:
+            raise TrainingError(
+                f"{theirs.source} is of {theirs.config.name}, and the run is of "
+                f"{self.options.config.name} or differs in a choice; train the network of that file"
+            )
+        self.generator.load_state_dict(theirs.tensors)
+        self.ema.load_state_dict(theirs.tensors)
+        if weights.discriminator is not None:
+            self.discriminator.load_state_dict(weights.discriminator)
 
     @property
     def device(self) -> torch.device:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small import SMALL
 from training_data import options
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 import cli
 from mat_export.contract import UserError
 from mat_torch import load_checkpoint
+from mat_torch.checkpoint import random_checkpoint, save_checkpoint
 from mat_torch.training_options import TRAINING_PRESETS, TrainingError
 from mat_torch.training_run import changed
 
@@ -61,6 +64,32 @@ def test_it_goes_on_where_it_stopped(pictures: Path, tmp_path: Path) -> None:
     assert len((run / "log.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_model_is_fine_tuned_as_the_network_it_is(pictures: Path, tmp_path: Path) -> None:
+    first, tuned = tmp_path / "first.safetensors", tmp_path / "tuned.safetensors"
+    given = random_checkpoint(replace(SMALL, name="given", mapping_layers=3), 1)
+    save_checkpoint(given, first)
+    common = ["--data", pictures, "--preset", "quick", "--init", first]
+    code, said = train(*common, "-o", tmp_path / "run", "--set", "learning_rate=0", "--images", 4)
+    assert code == 0, said
+    assert "begins with first.safetensors, a new discriminator" in said
+    # Nothing was learnt: what comes out is what went in, but for the average w.
+    code, said = train(
+        *common, "-o", tmp_path / "run", "--set", "learning_rate=0", "--resume", "--export", tuned
+    )
+    assert code == 0, said
+    tensors = load_checkpoint(tuned).tensors
+    for name, tensor in given.tensors.items():
+        if name != "mapping.w_avg":
+            torch.testing.assert_close(tensors[name], tensor.half().float(), rtol=0, atol=0)
+    # With the run's own checkpoint its discriminator comes along.
+    run = max((tmp_path / "run" / "checkpoints").iterdir())
+    code, said = train(*common[:-1], run, "-o", tmp_path / "second", "--images", 4)
+    assert code == 0, said
+    assert "its discriminator" in said
+    with pytest.raises(UserError, match="is of given, and the run is of mat-tiny-256"):
+        train(*common, "-o", tmp_path / "third", "--network", "mat-tiny-256")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -73,6 +102,7 @@ def test_it_goes_on_where_it_stopped(pictures: Path, tmp_path: Path) -> None:
         (["--share", "0.9:0.1"], "share"),
         (["--jitter", "2"], "jitter"),
         (["--set", "perceptual_weight=0.1", "--vgg", "absent.pth"], "absent.pth"),
+        (["--init", "absent.pkl"], "absent.pkl: there is no such file"),
         (["--export", "absent/model.safetensors"], "absent"),
     ],
 )

@@ -35,6 +35,7 @@ from mat_torch.training_options import (
     training_preset,
 )
 from mat_torch.training_state import (
+    InitialWeights,
     TrainingState,
     export_ema,
     latest_checkpoint,
@@ -636,6 +637,45 @@ def test_a_run_leaves_checkpoints_a_log_and_pictures(
     grids = sorted(path.name for path in (folder / "grids").iterdir())
     assert grids == ["000000000008.png", "000000000016.png"]
     assert Image.open(folder / "grids" / grids[0]).size == (4 * 132 - 4, 2 * 132 - 4)
+
+
+@pytest.mark.parametrize("with_discriminator", [True, False])
+def test_a_run_begins_with_given_weights(with_discriminator: bool) -> None:
+    given = random_checkpoint(SMALL, 3)
+    other = TrainingState.start(options(seed=9)).discriminator.state_dict()
+    initial = InitialWeights(given, other if with_discriminator else None)
+    state, random = TrainingState.start(_RUN), TrainingState.start(_RUN)
+    state.begin_with(initial)
+    for network in (state.generator, state.ema):
+        assert all(torch.equal(network.state_dict()[n], t) for n, t in given.tensors.items())
+    expected = other if with_discriminator else random.discriminator.state_dict()
+    assert all(torch.equal(state.discriminator.state_dict()[n], t) for n, t in expected.items())
+    # What is given stays as it is.
+    before = {name: tensor.clone() for name, tensor in given.tensors.items()}
+    _step(state)
+    assert all(torch.equal(given.tensors[name], tensor) for name, tensor in before.items())
+    with pytest.raises(TrainingError, match="before its first step"):
+        state.begin_with(initial)
+
+
+def test_a_resumed_run_goes_on_with_its_own_weights(
+    whole_run: tuple[TrainingState, Path, list[str]], tmp_path: Path
+) -> None:
+    initial = InitialWeights(random_checkpoint(SMALL, 3))
+    expected = train(replace(_RUN, images=8), Loaders(), tmp_path / "whole", initial=initial)
+    assert "/generator/mapping.fc0.weight" in _differences(expected, whole_run[0])
+    train(replace(_RUN, images=4), Loaders(), tmp_path / "cut", initial=initial)
+    resumed = train(
+        replace(_RUN, images=8), Loaders(), tmp_path / "cut", initial=initial, resume=True
+    )
+    assert _differences(resumed, expected) == []
+
+
+def test_weights_of_another_network_start_nothing(tmp_path: Path) -> None:
+    initial = InitialWeights(random_checkpoint(preset("mat-tiny-256"), 0))
+    with pytest.raises(TrainingError, match="is of mat-tiny-256, and the run is of test-128"):
+        train(_RUN, Loaders(), tmp_path / "run", initial=initial)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_was_cut_and_resumed_has_the_bits_of_an_uncut_one(

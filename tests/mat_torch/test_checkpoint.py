@@ -34,11 +34,13 @@ from mat_torch.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,
+    load_discriminator,
     random_checkpoint,
     save_checkpoint,
     weights_digest,
 )
 from mat_torch.config import PRESETS
+from mat_torch.discriminator import Discriminator
 from mat_torch.generator import Generator
 from mat_torch.sampling import normal
 from mat_torch.training_state import TrainingState, save_state
@@ -143,11 +145,14 @@ def _discriminator(source: str) -> _Persistent:
 
 
 def _authors_pickle(
-    g_ema: Checkpoint, g: Checkpoint | None = None, source: str = "raise SystemExit"
+    g_ema: Checkpoint,
+    g: Checkpoint | None = None,
+    source: str = "raise SystemExit",
+    d: nn.Module | None = None,
 ) -> bytes:
     contents = {
         "G": _persistent((g or g_ema).build(), source),
-        "D": _discriminator(source),
+        "D": _discriminator(source) if d is None else _persistent(d, source),
         "G_ema": _persistent(g_ema.build().requires_grad_(False), source),
         "training_set_kwargs": _EasyDict(path="data.zip", resolution=128, xflip=True),
         "augment_pipe": None,
@@ -257,6 +262,42 @@ def test_an_unknown_key_lists_the_networks(files: dict[str, bytes], tmp_path: Pa
 
 def test_a_discriminator_is_refused_as_one(files: dict[str, bytes], tmp_path: Path) -> None:
     assert "discriminator" in _refusal(_written(tmp_path, files["pickle"]), key="D")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "a run's", "D"])
+def test_the_discriminator_beside_a_generator_is_read_too(
+    kind: str, small: Checkpoint, tmp_path: Path
+) -> None:
+    network = Discriminator(SMALL)
+    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    if kind == "pickle":
+        data = _authors_pickle(small, d=network)
+    else:
+        name = "D" if kind == "D" else "discriminator"
+        data = _torch_file({"ema": small.tensors, name: state})
+    path = _written(tmp_path, data)
+    loaded = load_discriminator(path, SMALL)
+    assert loaded is not None
+    assert _equal(loaded, state)
+    assert load_checkpoint(path).digest == small.digest
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_a_file_of_one_network_has_no_discriminator(
+    kind: str, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert load_discriminator(_written(tmp_path, files[kind]), SMALL) is None
+
+
+def test_a_discriminator_that_does_not_fit_is_refused(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = _written(tmp_path, files["pickle"])
+    with pytest.raises(CheckpointError, match="the discriminator of test-128"):
+        load_discriminator(path, SMALL)
+    path.write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_discriminator(path, SMALL)
 
 
 @pytest.mark.parametrize(
