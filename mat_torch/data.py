@@ -43,6 +43,7 @@ __all__ = [
     "CropOptions",
     "DataError",
     "Duplicate",
+    "HeldSource",
     "ImageSource",
     "Split",
     "TrainingSet",
@@ -180,8 +181,11 @@ class _Part(ImageSource):
         return self._whole.read(self._indices[index])
 
 
-class _Held(ImageSource):
-    """A source with decoded pictures in memory, and the errors of those that do not decode."""
+class HeldSource(ImageSource):
+    """A source with decoded pictures in memory, and the errors of those that do not decode.
+
+    `preload` makes it. `bytes_held` is how much memory the pictures take.
+    """
 
     def __init__(self, source: ImageSource, limit_bytes: int, threads: int) -> None:
         super().__init__(source.names, source.where, source.max_side)
@@ -207,6 +211,15 @@ class _Held(ImageSource):
             return self._source.read(index)
         except DataError as error:
             return str(error)
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """What is wrong with each picture that was tried and cannot be read, by name."""
+        return {self.names[index]: error for index, error in self._errors.items()}
+
+    def smaller_than(self, side: int) -> list[str]:
+        """Names of the pictures in memory of which a side is shorter than this, in pixels."""
+        return [self.names[i] for i, p in self._pictures.items() if min(p.shape[:2]) < side]
 
     @property
     def held(self) -> int:
@@ -259,12 +272,12 @@ def open_source(path: _PATH, *, max_side: int | None = None) -> ImageSource:
 
 def preload(
     source: ImageSource, limit_bytes: int = 4 * 2**30, *, threads: int | None = None
-) -> ImageSource:
+) -> HeldSource:
     """The same pictures, decoded once and held in memory until a limit is reached.
 
     Worker processes that are forked (as on Linux) share the memory; spawned ones would each get a
     copy. What lies beyond the limit is read from the source each time, so what a number means does
-    not depend on the limit. The result's ``held`` and ``bytes_held`` say how much is in memory.
+    not depend on the limit.
 
     Args:
         source: Whose pictures. Its `max_side` decides how large they are in memory.
@@ -276,7 +289,7 @@ def preload(
     """
     if limit_bytes < 0:
         raise DataError(f"the limit is a number of bytes from 0 up, got {limit_bytes}")
-    held = _Held(source, limit_bytes, threads or os.cpu_count() or 1)
+    held = HeldSource(source, limit_bytes, threads or os.cpu_count() or 1)
     if len(held._errors) == len(held):
         raise _all_damaged(source.where, len(held), next(iter(held._errors.values())))
     return held

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -39,7 +39,14 @@ from mat_torch.training_state import (
     prune_checkpoints,
     save_state,
 )
-from mat_torch.training_step import Batch, Networks, StepReport, prepare, train_step
+from mat_torch.training_step import (
+    Batch,
+    Networks,
+    StepReport,
+    is_out_of_memory,
+    prepare,
+    train_step,
+)
 
 __all__ = [
     "TRAINING_PRESETS",
@@ -82,6 +89,7 @@ def train(
     *,
     make_perceptual: MakePerceptual | None = None,
     initial: InitialWeights | None = None,
+    surroundings: Mapping[str, Any] | None = None,
     resume: bool = False,
     device: torch.device | None = None,
     report: Callable[[str], None] | None = None,
@@ -99,6 +107,8 @@ def train(
         make_perceptual: Makes the perceptual loss for a device; needed unless its weight is 0.
         initial: Weights to begin with (fine-tuning); random ones without. A resumed run has its
             own.
+        surroundings: What beside the options makes it this run, see `TrainingState`: a resumed run
+            has to give the same.
         resume: Go on from the folder's newest checkpoint; from the beginning if there is none.
         device: Where to compute; by default CUDA, one device a process, or the CPU.
         report: Takes a line of progress now and then, in the first process.
@@ -117,37 +127,47 @@ def train(
     folder = Path(folder)
     with join_world(device) as world, _arithmetic(options, world.device), _Interruption() as stop:
         options.micro_batch(world.size)
-        state = _begin(options, folder, resume, initial, world.device)
-        perceptual = None
-        if make_perceptual is not None and options.perceptual_weight > 0.0:
-            perceptual = make_perceptual(world.device)
-        run = _Run(state, world, folder, make_loader, report)
         try:
-            run.loop(prepare(state, world), perceptual, stop)
-        finally:
-            run.close()
+            state = TrainingState.start(options, world.device)
+            state.surroundings = dict(surroundings or {})
+            _begin(state, folder, resume, initial, world)
+            perceptual = None
+            if make_perceptual is not None and options.perceptual_weight > 0.0:
+                perceptual = make_perceptual(world.device)
+            run = _Run(state, world, folder, make_loader, report)
+            try:
+                run.loop(prepare(state, world), perceptual, stop)
+            finally:
+                run.close()
+        except RuntimeError as error:  # steps say so themselves, and what to do
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"{world.device} has no memory for the networks and their optimizers: "
+                "end what else runs there, or train a smaller network"
+            ) from error
     return state
 
 
 def _begin(
-    options: TrainingOptions,
+    state: TrainingState,
     folder: Path,
     resume: bool,
     initial: InitialWeights | None,
-    device: torch.device,
-) -> TrainingState:
-    """A fresh state, or the one of the newest checkpoint."""
+    world: World,
+) -> None:
+    """Take over the newest checkpoint, or the weights to begin with."""
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is not None and not resume:
         raise TrainingError(
             f"{folder} already holds a run ({newest.name}); resume it, or choose another folder"
         )
-    state = TrainingState.start(options, device)
     if newest is not None:
         load_state(state, newest)
     elif initial is not None:
         state.begin_with(initial)
-    return state
+        if world.rank == 0:  # so that a run cut before its first checkpoint resumes from these
+            save_state(state, folder / "checkpoints")
 
 
 class _Run:

@@ -88,13 +88,22 @@ class Meter:
         return means
 
 
+_SHORT = {
+    "loss_generator": "G",
+    "loss_discriminator": "D",
+    "r1": "R1",
+    "perceptual": "perceptual",
+    "reconstruction": "L1",
+}
+"""Losses by their names in the log, and what a line for people calls them."""
+
+
 def format_line(line: Mapping[str, Any], images: int) -> str:
     """A line of the log for people."""
     left = int(line["seconds_left"])
     hours, minutes = divmod(left // 60, 60)
     skipped = f" · {line['skipped']} skipped" if line["skipped"] else ""
-    names = [("G", "loss_generator"), ("D", "loss_discriminator"), ("R1", "r1")]
-    losses = " ".join(f"{short} {line[name]:.3f}" for short, name in names if name in line)
+    losses = " ".join(f"{short} {line[name]:.3f}" for name, short in _SHORT.items() if name in line)
     return (
         f"{line['images']:,} of {images:,} images · {losses} · "
         f"{line['images_per_second']:.1f} images/s, {line['waiting_share']:.0%} waiting for data · "

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mat_torch.data import CountingSampler, CropOptions, TrainingSet, loader, open_source, preload
+from mat_torch.config import CHOICES
+from mat_torch.data import (
+    CountingSampler,
+    CropOptions,
+    HeldSource,
+    TrainingSet,
+    loader,
+    open_source,
+    preload,
+)
 from mat_torch.training_options import TrainingError, TrainingOptions
 
 if TYPE_CHECKING:
@@ -46,19 +56,26 @@ class TrainingData:
 def changed(options: TrainingOptions, assignments: Sequence[str]) -> TrainingOptions:
     """Options with other values, each given as ``name=value``.
 
+    The network's parts that can be left out (`mat_torch.config.CHOICES`) are names too.
+
     Raises:
         TrainingError: For an unknown name, or a value that is none of its type or range.
+        ConfigError: For a choice that there is not.
     """
-    fields = {f.name: f for f in dataclasses.fields(options) if f.name != "config"}
+    names = [f.name for f in dataclasses.fields(options) if f.name != "config"]
     values: dict[str, Any] = {}
+    choices: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals or name not in fields:
-            raise TrainingError(
-                f"'{assignment}' sets nothing: give name=value, the names are {', '.join(fields)}"
-            )
-        values[name] = _parsed(name, text, getattr(options, name))
-    return dataclasses.replace(options, **values)
+        if not equals or name not in (*names, *CHOICES):
+            known = ", ".join((*names, *CHOICES))
+            raise TrainingError(f"'{assignment}' sets nothing: give name=value, of {known}")
+        if name in CHOICES:
+            choices[name] = text
+        else:
+            values[name] = _parsed(name, text, getattr(options, name))
+    config = dataclasses.replace(options.config, **choices)
+    return dataclasses.replace(options, config=config, **values)
 
 
 def run_training(
@@ -94,15 +111,24 @@ def run_training(
 
     source = preload(open_source(data.path, max_side=data.max_side), data.memory_bytes)
     dataset = TrainingSet(source, options.config.resolution, options.seed, data.crops)
-    report(f"{len(source)} pictures")
+    for line in _findings(source, options.config.resolution):
+        report(line)
 
     def make_loader(start: int, rank: int, world: int) -> Iterable[dict[str, torch.Tensor]]:
         sampler = CountingSampler(start, options.batch // world, rank, world)
         return loader(dataset, sampler, workers=data.workers)
 
     make_perceptual = None
+    perceptual = "none"
     if options.perceptual_weight:
-        make_perceptual = _perceptual(vgg, options.gram_weight, report)
+        perceptual, make_perceptual = _perceptual(vgg, options.gram_weight, report)
+    surroundings = {
+        "pictures": len(source),
+        "names of pictures (SHA-256)": hashlib.sha256("\0".join(source.names).encode()).hexdigest(),
+        **dataclasses.asdict(data.crops),
+        "max_side": data.max_side,
+        "perceptual loss": perceptual,
+    }
     try:
         return train(
             options,
@@ -110,27 +136,48 @@ def run_training(
             Path(folder),
             make_perceptual=make_perceptual,
             initial=initial,
+            surroundings=surroundings,
             resume=resume,
             device=device,
             report=report,
         )
     finally:
-        if dataset.passed_over:
-            names = ", ".join(sorted(dataset.passed_over)[:5])
-            report(f"passed over {len(dataset.passed_over)} damaged pictures: {names}")
+        if set(dataset.passed_over) - source.damaged.keys():
+            report(f"damaged pictures, passed over: {_named(dataset.passed_over)}")
+
+
+def _findings(source: HeldSource, side: int) -> list[str]:
+    """What there is to say of the pictures before they are used."""
+    lines = [f"{len(source)} pictures"]
+    if source.held < len(source) - len(source.damaged):
+        lines.append(f"{source.held} of them are held in memory, the others are read each time")
+    if source.damaged:
+        lines.append(f"damaged pictures, passed over: {_named(list(source.damaged))}")
+    small = source.smaller_than(side)
+    if small:
+        lines.append(f"smaller than {side}×{side}, padded by reflection: {_named(small)}")
+    return lines
+
+
+def _named(names: Sequence[str]) -> str:
+    """``2 (a.png, b.png)``; of many, the first five."""
+    return f"{len(names)} ({', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''})"
 
 
 def _perceptual(
     vgg: str | os.PathLike[str] | None, gram_weight: float, report: Callable[[str], None]
-) -> Callable[[torch.device], Perceptual]:
-    """Makes the perceptual loss; its weights are read now, so that a wrong file is told at once."""
+) -> tuple[str, Callable[[torch.device], Perceptual]]:
+    """The perceptual loss's name, and what makes it.
+
+    Its weights are read now, so that a wrong file is told at once.
+    """
     from mat_torch.features import EfficientNetLite0Features, VGG19Features
     from mat_torch.perceptual import PerceptualLoss
 
     backbone = EfficientNetLite0Features.load() if vgg is None else VGG19Features.load(vgg)
     loss = PerceptualLoss(backbone, gram_weight=gram_weight)
     report(f"perceptual loss: {loss.name}" + ("" if vgg else " (the published one is VGG-19)"))
-    return lambda device: loss.to(device)
+    return loss.name, lambda device: loss.to(device)
 
 
 def _parsed(name: str, text: str, now: Any) -> Any:

@@ -11,7 +11,8 @@ import copy
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ __all__ = [
     "latest_checkpoint",
     "load_state",
     "prune_checkpoints",
+    "read_options",
     "save_state",
 ]
 
@@ -107,6 +109,9 @@ class TrainingState:
         generator_adam: The generator's optimizer.
         discriminator_adam: The discriminator's.
         counters: How far it is.
+        surroundings: What beside the options makes it this run, its data for one: plain values by
+            name, which a checkpoint keeps and a resumed run has to have again.
+        origin: Whose weights it began with, and their digest; None: random ones.
     """
 
     options: TrainingOptions
@@ -116,6 +121,8 @@ class TrainingState:
     generator_adam: Adam
     discriminator_adam: Adam
     counters: Counters = field(default_factory=Counters)
+    surroundings: dict[str, Any] = field(default_factory=dict)
+    origin: str | None = None
 
     @classmethod
     def start(cls, options: TrainingOptions, device: torch.device | None = None) -> TrainingState:
@@ -158,6 +165,7 @@ class TrainingState:
         self.ema.load_state_dict(theirs.tensors)
         if weights.discriminator is not None:
             self.discriminator.load_state_dict(weights.discriminator)
+        self.origin = f"{theirs.source}, weights {theirs.digest}"
 
     @property
     def device(self) -> torch.device:
@@ -188,6 +196,8 @@ class TrainingState:
             "format": _FORMAT,
             "options": self.options.to_dict(),
             "counters": asdict(self.counters),
+            "surroundings": self.surroundings,
+            "origin": self.origin,
             **{name: getattr(self, name).state_dict() for name in _NETWORKS},
             **{name: getattr(self, name).state_dict()["state"] for name in _OPTIMIZERS},
         }
@@ -205,6 +215,7 @@ class TrainingState:
             )
         try:
             self.options.refuse_other_recipe(values["options"])
+            _refuse_other_surroundings(values.get("surroundings", {}), self.surroundings)
             counters = Counters(**values["counters"])
             for name in _NETWORKS:
                 network: nn.Module = getattr(self, name)
@@ -219,6 +230,17 @@ class TrainingState:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise TrainingError(f"the checkpoint is incomplete ({error}); use another") from error
         self.counters = counters
+        self.origin = values.get("origin")
+
+
+def _refuse_other_surroundings(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [name for name in was if name in now and was[name] != now[name]]
+    if changed:
+        differences = "; ".join(f"{n} was {was[n]!r} and is now {now[n]!r}" for n in changed)
+        raise TrainingError(
+            f"the run was started otherwise: {differences}; "
+            "resume with what it had, or start a run in another folder"
+        )
 
 
 def _adam(network: nn.Module, options: TrainingOptions) -> Adam:
@@ -287,12 +309,28 @@ def load_state(state: TrainingState, path: str | os.PathLike[str]) -> None:
     Raises:
         TrainingError: If it cannot be read, is damaged, or is of another run.
     """
-    path = Path(path)
+    with _reading(Path(path)) as values:
+        state.load_dict(values)
+
+
+def read_options(path: str | os.PathLike[str]) -> tuple[TrainingOptions, str | None]:
+    """The options of the run that wrote this checkpoint, and whose weights it began with.
+
+    Raises:
+        TrainingError: If it cannot be read or is damaged.
+    """
+    with _reading(Path(path), mmap=True) as values:
+        return TrainingOptions.from_dict(values["options"]), values.get("origin")
+
+
+@contextmanager
+def _reading(path: Path, *, mmap: bool = False) -> Iterator[dict[str, Any]]:
+    """What a checkpoint holds; what goes wrong within is told as of this file."""
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(values, dict):
             raise TrainingError(f"this is a {type(values).__name__}, no checkpoint of `train`")
-        state.load_dict(values)
+        yield values
     except TrainingError as error:
         raise TrainingError(f"{path}: {error}") from error
     except FileNotFoundError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,15 @@ from mat_torch.training_graphs import Replayed, Work
 from mat_torch.training_options import TrainingError
 from mat_torch.training_state import TrainingState
 
-__all__ = ["Batch", "Networks", "StepReport", "StyledGenerator", "prepare", "train_step"]
+__all__ = [
+    "Batch",
+    "Networks",
+    "StepReport",
+    "StyledGenerator",
+    "is_out_of_memory",
+    "prepare",
+    "train_step",
+]
 
 Batch = Mapping[str, Tensor]
 """``image`` uint8 [B, 3, r, r]; ``mask`` uint8 [B, 1, r, r], 1 keep and 0 hole; ``number`` int64
@@ -180,9 +188,14 @@ def train_step(
     try:
         report = _updates(state, networks, parts, perceptual, world)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise _too_large(state, world) from error
+        if is_out_of_memory(error):
+            raise _too_large(state, world) from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise TrainingError(
+                f"torch.compile failed ({str(error).strip().splitlines()[0]}); "
+                "--set compile=false trains without it"
+            ) from error
+        raise
     counters = state.counters
     counters.images += state.options.batch
     counters.steps += 1
@@ -406,13 +419,26 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:3])) + (f" … {numbers[-1]}" if len(numbers) > 3 else "")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or this machine, had no memory for what was asked."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _too_large(state: TrainingState, world: World) -> TrainingError:
     options, size = state.options, state.options.micro_batch(world.size)
-    advice = f"try a batch of {options.batch // 2}" if options.batch > 1 else "use a smaller preset"
-    if size % 8 == 0:
-        advice = f"try accumulate={2 * options.accumulate} (the same result), or {advice[4:]}"
-    return TrainingError(f"{state.device} ran out of memory with {size} images at once; {advice}")
+
+    def smaller(batch: int = options.batch, accumulate: int = options.accumulate) -> bool:
+        try:
+            changed = replace(options, batch=batch, accumulate=accumulate)
+            return changed.micro_batch(world.size) < size
+        except TrainingError:
+            return False
+
+    advice = []
+    if smaller(accumulate=2 * options.accumulate):
+        advice.append(f"accumulate={2 * options.accumulate} (the same result)")
+    batch = next((b for b in range(options.batch // 2, 0, -1) if smaller(batch=b)), None)
+    if batch is not None:
+        advice.append(f"batch={batch}")
+    wanted = f"try {' or '.join(advice)}" if advice else "train a smaller network"
+    return TrainingError(f"{state.device} ran out of memory with {size} images at once; {wanted}")

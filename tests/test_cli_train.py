@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mat_torch import load_checkpoint
 from mat_torch.checkpoint import random_checkpoint, save_checkpoint
 from mat_torch.training_options import TRAINING_PRESETS, TrainingError
 from mat_torch.training_run import changed
+from mat_torch.training_state import read_options
 
 
 @pytest.fixture
@@ -88,6 +90,79 @@ def test_a_model_is_fine_tuned_as_the_network_it_is(pictures: Path, tmp_path: Pa
     assert "its discriminator" in said
     with pytest.raises(UserError, match="is of given, and the run is of mat-tiny-256"):
         train(*common, "-o", tmp_path / "third", "--network", "mat-tiny-256")
+
+
+def test_fine_tuning_has_no_warm_up_and_a_full_average(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = options(images=4, warm_up=400, ema_ramp_up=0.05, reconstruction_weight=1.0, compile=True)
+    monkeypatch.setitem(TRAINING_PRESETS, "warm", warm)
+    save_checkpoint(random_checkpoint(SMALL, 1), tmp_path / "first.safetensors")
+    common = ["--data", pictures, "--preset", "warm", "--init", tmp_path / "first.safetensors"]
+    assert train(*common, "-o", tmp_path / "run")[0] == 0
+    found, origin = read_options(tmp_path / "run" / "checkpoints" / "checkpoint-000000000004.pt")
+    assert (found.warm_up, found.ema_ramp_up, found.compile) == (0, None, False)
+    assert origin is not None
+    assert origin.startswith("first.safetensors, weights ")
+    # So it goes on, with or without the file; what is asked for is done all the same.
+    (tmp_path / "first.safetensors").unlink()
+    code, said = train(*common, "-o", tmp_path / "run", "--images", 8, "--resume")
+    assert code == 0, said
+    assert "goes on from checkpoint-000000000004.pt, --init is not read" in said
+    assert train(*common[:4], "-o", tmp_path / "run", "--images", 12, "--resume")[0] == 0
+    with pytest.raises(UserError, match="warm_up was 0 and is now 8"):
+        train(*common[:4], "-o", tmp_path / "run", "--resume", "--set", "warm_up=8")
+
+
+def test_a_run_does_not_go_on_with_other_masks_or_pictures(pictures: Path, tmp_path: Path) -> None:
+    common = ["--data", pictures, "--preset", "quick", "-o", tmp_path / "run"]
+    assert train(*common, "--images", 4, "--masks", "mixed", "--share", "0.5:1")[0] == 0
+    with pytest.raises(UserError, match=r"share was .* masks was 'mixed' and is now 'large'"):
+        train(*common, "--resume")
+    shutil.copy(pictures / "0.png", pictures / "9.png")
+    with pytest.raises(UserError, match="pictures was 3 and is now 4"):
+        train(*common, "--resume", "--masks", "mixed", "--share", "0.5:1")
+
+
+def test_pictures_that_are_damaged_or_small_are_told_of_at_once(
+    pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "torn.png").write_bytes((pictures / "0.png").read_bytes()[:300])
+    Image.new("RGB", (100, 140)).save(pictures / "narrow.png")
+    code, said = train("--data", pictures, "--preset", "quick", "-o", tmp_path / "run")
+    assert code == 0, said
+    lines = [line.strip() for line in said.splitlines()]
+    start = lines.index("5 pictures")
+    assert lines[start + 1] == "damaged pictures, passed over: 1 (torn.png)"
+    assert lines[start + 2] == "smaller than 128×128, padded by reflection: 1 (narrow.png)"
+    assert said.count("torn.png") == 1
+
+
+def test_parts_of_the_network_can_be_left_out(pictures: Path, tmp_path: Path) -> None:
+    model = tmp_path / "plain.safetensors"
+    common = ["--data", pictures, "--preset", "quick", "--images", 4, "-o", tmp_path / "run"]
+    code, said = train(*common, "--set", "attention=plain", "--export", model)
+    assert code == 0, said
+    assert load_checkpoint(model).config == replace(SMALL, attention="plain")
+    with pytest.raises(UserError, match="attention is 'masked' or 'plain', got 'none'"):
+        train(*common, "--set", "attention=none")
+
+
+def test_which_perceptual_loss_serves_is_said(pictures: Path, tmp_path: Path) -> None:
+    common = ["--data", pictures, "--preset", "quick", "--images", 4, "-o", tmp_path / "run"]
+    code, said = train(*common, "--set", "perceptual_weight=0.1")
+    assert code == 0, said
+    assert "perceptual loss: EfficientNet-Lite0 (the published one is VGG-19)" in said
+
+
+def test_of_several_processes_one_speaks(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    common = ["--data", pictures, "--preset", "quick", "--images", 4, "-o", tmp_path / "run"]
+    code, said = train(*common, "--export", tmp_path / "model.safetensors")
+    assert (code, said) == (0, "")
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from small import SMALL
 from torch import Tensor, nn
+from torch._inductor.exc import CppCompileError
 from training_data import Loaders, batch_of, l1, options, seasoned_state
 
 from mat_torch.checkpoint import load_checkpoint, random_checkpoint
@@ -27,7 +29,7 @@ from mat_torch.layers import ModulatedConv, StyleConv, ToRGB
 from mat_torch.training import picture_columns, train
 from mat_torch.training_draws import Draws, draw_for_training
 from mat_torch.training_graphs import Replayed
-from mat_torch.training_log import Meter, RunLog, picture_grid
+from mat_torch.training_log import Meter, RunLog, format_line, picture_grid
 from mat_torch.training_options import (
     TRAINING_PRESETS,
     TrainingError,
@@ -41,9 +43,16 @@ from mat_torch.training_state import (
     latest_checkpoint,
     load_state,
     prune_checkpoints,
+    read_options,
     save_state,
 )
-from mat_torch.training_step import StepReport, StyledGenerator, prepare, train_step
+from mat_torch.training_step import (
+    StepReport,
+    StyledGenerator,
+    _too_large,
+    prepare,
+    train_step,
+)
 
 _CPU = torch.device("cpu")
 
@@ -567,7 +576,8 @@ def test_training_stops_after_so_many_skipped_steps_in_a_row(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("batch", "advice"), [(4, "try a batch of 2"), (8, r"try accumulate=2 \(the same result\)")]
+    ("batch", "advice"),
+    [(4, "try batch=2"), (8, r"try accumulate=2 \(the same result\) or batch=4")],
 )
 def test_too_little_memory_is_a_sentence_with_the_batch_to_try(batch: int, advice: str) -> None:
     def full(_output: Tensor, _image: Tensor) -> Tensor:
@@ -576,6 +586,38 @@ def test_too_little_memory_is_a_sentence_with_the_batch_to_try(batch: int, advic
     state = seasoned_state(options(batch=batch, perceptual_weight=0.1))
     with pytest.raises(TrainingError, match=f"out of memory with {batch} images at once; {advice}"):
         _step(state, perceptual=full)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate"), [(1, 1), (4, 1), (8, 1), (12, 1), (16, 1), (16, 4), (32, 8), (48, 4)]
+)
+def test_what_is_advised_can_be_set_and_is_smaller(batch: int, accumulate: int) -> None:
+    state = seasoned_state(options())
+    state.options = replace(state.options, batch=batch, accumulate=accumulate)
+    size = state.options.micro_batch(1)
+    advice = re.findall(r"(batch|accumulate)=(\d+)", str(_too_large(state, World())))
+    assert advice or size <= 4
+    for name, value in advice:
+        changed = {"batch": batch, "accumulate": accumulate, name: int(value)}
+        tried = replace(state.options, batch=changed["batch"], accumulate=changed["accumulate"])
+        assert tried.micro_batch(1) < size
+
+
+def test_too_little_memory_before_the_first_step_is_a_sentence(tmp_path: Path) -> None:
+    def full(_device: torch.device) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(TrainingError, match="cpu has no memory for the networks"):
+        train(options(perceptual_weight=0.1), Loaders(), tmp_path, make_perceptual=full)
+
+
+def test_a_compiler_that_fails_is_a_sentence_with_the_way_round_it() -> None:
+    def fails(_output: Tensor, _image: Tensor) -> Tensor:
+        raise CppCompileError(["g++", "kernel.cpp"], "g++: not found\nmore")
+
+    state = seasoned_state(options(perceptual_weight=0.1))
+    with pytest.raises(TrainingError, match=r"^torch.compile failed \(.*\); --set compile=false"):
+        _step(state, perceptual=fails)
 
 
 @pytest.mark.parametrize(
@@ -671,11 +713,42 @@ def test_a_resumed_run_goes_on_with_its_own_weights(
     assert _differences(resumed, expected) == []
 
 
+def test_a_run_cut_before_its_first_checkpoint_resumes_from_what_it_began_with(
+    tmp_path: Path,
+) -> None:
+    initial = InitialWeights(random_checkpoint(SMALL, 3))
+    expected = train(replace(_RUN, images=4), Loaders(), tmp_path, initial=initial)
+    (tmp_path / "checkpoints" / "checkpoint-000000000004.pt").unlink()
+    resumed = train(replace(_RUN, images=4), Loaders(), tmp_path, resume=True)
+    assert _differences(resumed, expected) == []
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    found, origin = read_options(newest)
+    assert found == replace(_RUN, images=4)
+    assert origin is not None
+    assert initial.generator.digest in origin
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    run = replace(_RUN, images=4)
+    train(run, Loaders(), tmp_path, surroundings={"masks": "large", "share": (0.25, 1.0)})
+    with pytest.raises(TrainingError, match="masks was 'large' and is now 'small'; resume with"):
+        train(run, Loaders(), tmp_path, surroundings={"masks": "small"}, resume=True)
+    again = {"masks": "large", "share": (0.25, 1.0)}
+    assert train(run, Loaders(), tmp_path, surroundings=again, resume=True).surroundings == again
+
+
 def test_weights_of_another_network_start_nothing(tmp_path: Path) -> None:
     initial = InitialWeights(random_checkpoint(preset("mat-tiny-256"), 0))
     with pytest.raises(TrainingError, match="is of mat-tiny-256, and the run is of test-128"):
         train(_RUN, Loaders(), tmp_path / "run", initial=initial)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_line_for_people_has_the_losses_that_there_are() -> None:
+    line = {"images": 8, "skipped": 0, "perceptual": 0.5, "reconstruction": 0.25}
+    line |= {"images_per_second": 2.0, "seconds_left": 60.0, "waiting_share": 0.0}
+    assert format_line(line, 128).startswith("8 of 128 images · perceptual 0.500 L1 0.250 · 2.0")
 
 
 def test_a_run_that_was_cut_and_resumed_has_the_bits_of_an_uncut_one(
