@@ -506,12 +506,16 @@ def refit(
     ] = True,
 ) -> None:
     """Swap the weights of an engine in seconds, without building it again."""
-    from engines.papers import open_plan
+    import shlex
+    from tempfile import TemporaryDirectory
+
+    from engines.papers import open_plan, read_engine_manifest, save_engine
     from engines.refit import refit_plan
     from mat_export.console import note
-    from mat_export.contract import UserError
-    from mat_export.engine_graph import prepare_engine_graph, prepare_model
-    from mat_export.files import require_other, require_writable
+    from mat_export.contract import UserError, require_exportable
+    from mat_export.engine_graph import calibration_of, prepare_model
+    from mat_export.files import file_digest, require_other, require_writable
+    from mat_export.parity import load_onnx
 
     target = output or plan
     require_other(target, checkpoint)
@@ -521,14 +525,26 @@ def refit(
     opset, states = opened.backend.opset, "mask_states" in passes
     plugins = "plugins" in passes
     precision = opened.spec.precision
+    build = [str(part) for part in opened.manifest["command"]]
+    if "-o" in build:
+        build[build.index("-o") + 1] = str(target)
+    sources: dict[str, Any] = {}
     if checkpoint.suffix.lower() == ".onnx":
-        graph = prepare_engine_graph(
-            checkpoint, precision, opset=opset, mask_states=states, plugins=plugins
+        loaded = load_onnx(checkpoint)
+        graph = prepare_model(
+            loaded,
+            precision,
+            opset=opset,
+            mask_states=states,
+            plugins=plugins,
+            label=f"'{checkpoint}'",
         )
+        sources["onnx"] = {"path": str(checkpoint), "sha256": file_digest(checkpoint)}
+        sources["calibration"] = calibration_of(loaded)
+        command = [*build[:2], str(checkpoint), *build[3:]]
     else:
         weights = _weights(checkpoint, None, None, key)
-        from mat_export.contract import require_exportable
-        from mat_export.export import build_model
+        from mat_export.export import build_model  # needs torch
 
         require_exportable(weights.config)
         if weights.config != opened.spec.config:
@@ -542,10 +558,78 @@ def refit(
         note("exporting the new weights")
         model, _ = build_model(weights, spec, progress=note)
         graph = prepare_model(model, precision, opset=opset, mask_states=states, plugins=plugins)
-    report = refit_plan(opened, graph.model, target)
+        exported = target.with_suffix(".onnx")
+        export = ["mat-export", "onnx", "--checkpoint", str(checkpoint), "--key", key]
+        export += [*spec.to_arguments(), "-o", str(exported)]
+        rebuild = [*build[:2], str(exported), *build[3:]]
+        command = ["sh", "-c", f"{shlex.join(export)} && {shlex.join(rebuild)}"]
+    if not prove:
+        report = refit_plan(opened, graph.model, target, command=command, sources=sources)
+    else:
+        # The engine that is there stays until the new one is proved.
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            fresh = Path(folder) / target.name
+            report = refit_plan(opened, graph.model, fresh, command=command, sources=sources)
+            quantized = sources.get("calibration") is not None
+            result = _judge(fresh, None if quantized else checkpoint, near=target)
+            _record_parity(fresh, result)
+            if not result.passed:
+                note(f"'{target}' is as it was: what the new weights gave is not kept")
+                raise typer.Exit(1)
+            save_engine(fresh.read_bytes(), target, read_engine_manifest(fresh))
     note(f"wrote {target}: {report.weights} weights swapped in {report.seconds:.1f} s")
-    if prove and not _judge(target, checkpoint).passed:
-        raise typer.Exit(1)
+
+
+@app.command()
+def lower(
+    model: Annotated[
+        Path, typer.Argument(help="An FP32 file of 'mat-export onnx', or one of 'calibrate'.")
+    ] = DEFAULT_ONNX,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="[default: the model's name and the precision]"),
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Of what is computed.")] = Precision.fp16,
+    opset: Annotated[
+        int, typer.Option(min=17, max=22, help="At most; TensorRT 8.6 parses 17.")
+    ] = 20,
+    mask_states: Annotated[
+        bool, typer.Option("--mask-states", help="Give the masks of stage one too.")
+    ] = False,
+    plugins: Annotated[
+        bool, typer.Option("--plugins", help="Leave calls that 'plugins build' makes a library for")
+    ] = False,
+) -> None:
+    """Write the graph that 'trt' builds engines of, for trtexec, Polygraphy and others."""
+    from mat_export.console import note
+    from mat_export.engine_graph import prepare_model
+    from mat_export.files import file_digest, require_other, require_writable
+    from mat_export.manifest import manifest_path, save_model
+    from mat_export.parity import load_onnx
+
+    model = _exported(model)
+    target = output or model.with_name(f"{model.stem}-{precision.value}.onnx")
+    require_other(target, model, manifest_path(model))
+    require_other(manifest_path(target), model, manifest_path(model))
+    require_writable(target)
+    graph = prepare_model(
+        load_onnx(model),
+        precision.value,
+        opset=opset,
+        mask_states=mask_states,
+        plugins=plugins,
+        label=f"'{model}'",
+    )
+    facts = {
+        "graph": graph.spec,
+        "passes": graph.passes,
+        "onnx": {"path": str(model), "sha256": file_digest(model)},
+    }
+    _, size = save_model(graph.model, target, facts)
+    note(
+        f"wrote {target} and {manifest_path(target)}: {len(graph.model.graph.node)} nodes, "
+        f"{precision.value}, opset {graph.passes['opset']}, {size / 1e6:.1f} MB"
+    )
 
 
 @app.command()
@@ -657,6 +741,7 @@ def parity(
         atomic_write(json_file, result.to_json())
     if report is not None:
         note(f"the page is {write_report(result, report)}")
+    _record_parity(candidate, result)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -692,7 +777,7 @@ def bench(
     first = result.models[0].p50
     show_table(
         f"{runs} runs each, in turns, {result.threads} threads, {result.machine['cpu']}",
-        ["model", "runner", "batch", "p50 ms", "p90 ms", "p99 ms", "peak MiB", "of the first"],
+        ["model", "runner", "batch", "p50 ms", "p90 ms", "p99 ms", "host MiB", "of the first"],
         [
             [
                 m.model,
@@ -818,8 +903,14 @@ def train(
         Path | None, typer.Option(help="Write the averaged generator here at the end.")
     ] = None,
 ) -> None:
-    """Train a model on pictures; Ctrl-C saves, and --resume goes on exactly."""
+    """Train a model on pictures; Ctrl-C saves, and --resume goes on exactly.
+
+    Several GPUs of one machine: torchrun --nproc-per-node=2 $(command -v mat-export) train …
+    """
+    import os
     from dataclasses import replace
+
+    import torch
 
     from mat_export.console import note
     from mat_export.contract import UserError
@@ -828,38 +919,51 @@ def train(
     from mat_torch.config import preset as network_preset
     from mat_torch.data import CropOptions, DataError
     from mat_torch.features import FeatureError
-    from mat_torch.training_options import TrainingError, training_preset
+    from mat_torch.training_options import FINE_TUNING, TrainingError, training_preset
     from mat_torch.training_run import TrainingData, changed, run_training
+    from mat_torch.training_state import (
+        InitialWeights,
+        export_ema,
+        latest_checkpoint,
+        read_options,
+    )
 
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    say = note if first else (lambda line: None)
     if export is not None:
         require_writable(export)
     try:
-        options = changed(training_preset(preset), settings or ())
-        initial = None
-        if init is not None:
-            from mat_torch.training_state import InitialWeights
-
+        options, initial = training_preset(preset), None
+        newest = latest_checkpoint(output / "checkpoints") if resume else None
+        if newest is not None:
+            earlier, origin = read_options(newest)
+            options = replace(options, config=earlier.config)
+            say(f"goes on from {newest.name}" + (", --init is not read" if init else ""))
+        elif init is not None:
             initial = InitialWeights.load(init)
             options = replace(options, config=initial.generator.config)
             beside = "its discriminator" if initial.discriminator else "a new discriminator"
-            note(f"begins with {initial.generator.source}, {beside}")
+            say(f"begins with {initial.generator.source}, {beside}")
+        if initial is not None or (newest is not None and origin is not None):
+            options = replace(options, **FINE_TUNING)
         if network is not None:
             options = replace(options, config=network_preset(network))
+        if options.compile and not torch.cuda.is_available():
+            options = replace(options, compile=False)  # on a CPU it would take minutes to begin
+        options = changed(options, settings or ())
         options = options if images is None else replace(options, images=images)
         crops = CropOptions(share=_share(share), jitter=jitter, masks=masks.value)
         pictures = TrainingData(data, crops, max_side=max_side, workers=workers)
         state = run_training(
-            options, pictures, output, vgg=vgg, initial=initial, resume=resume, report=note
+            options, pictures, output, vgg=vgg, initial=initial, resume=resume, report=say
         )
-        if export is not None:
-            from mat_torch.training import export_ema
-
+        if export is not None and first:
             export_ema(state, export)
             note(f"wrote {export}")
     except (TrainingError, DataError, FeatureError, ConfigError) as error:
         raise UserError(str(error)) from error
     if state.counters.images < options.images:
-        note(f"stopped after {state.counters.images} images: --resume goes on from there")
+        say(f"stopped after {state.counters.images} images: --resume goes on from there")
         raise typer.Exit(130)
 
 
@@ -1101,20 +1205,20 @@ def _judge(
     record: Path | None = None,
     threads: int | None = None,
     *,
+    near: Path | None = None,
     keep_pictures: bool = False,
 ) -> ParityReport:
-    """Check parity, show the result, and write it into an engine's papers."""
+    """Check parity and show the result."""
     from mat_export.console import tracker
     from mat_export.parity import check_parity, open_candidate, open_reference
 
     with open_candidate(candidate, threads=threads) as judged:
         found = open_reference(
-            judged.spec, reference, near=candidate, record=record, threads=threads
+            judged.spec, reference, near=near or candidate, record=record, threads=threads
         )
         with found as held, tracker("parity") as progress:
             result = check_parity(judged, held, progress=progress, keep_pictures=keep_pictures)
     _show_parity(result)
-    _record_parity(candidate, result)
     return result
 
 

@@ -68,6 +68,11 @@ class OpenedPlan:
     manifest: dict[str, Any]
     notes: tuple[str, ...] = ()
 
+    @property
+    def profiles(self) -> Profiles:
+        """Of each dynamic input the shapes that it was built for."""
+        return _profiles(self.manifest)
+
 
 # -- writing -------------------------------------------------------------------------------------
 

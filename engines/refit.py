@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,12 @@ class RefitReport:
 
 
 def refit_plan(
-    opened: OpenedPlan, model: onnx.ModelProto, output: str | os.PathLike[str]
+    opened: OpenedPlan,
+    model: onnx.ModelProto,
+    output: str | os.PathLike[str],
+    *,
+    command: Sequence[str],
+    sources: Mapping[str, Any] | None = None,
 ) -> RefitReport:
     """Write an engine with the weights of another checkpoint.
 
@@ -42,6 +48,9 @@ def refit_plan(
         opened: The engine, built with ``refittable``.
         model: The graph of the new weights, prepared exactly as the engine's was.
         output: Where to; the engine's own path replaces it.
+        command: What would build an engine of the new weights from the start.
+        sources: What the manifest says of the new weights' files; nothing that it said of the old
+            ones stays, but for the passes over the graph.
 
     Raises:
         UserError: If the engine is not refittable, or the graph is not of the same network, types
@@ -73,8 +82,9 @@ def refit_plan(
     for name in ("sha256", "bytes", "versions", "parity", "kind", "format"):
         manifest.pop(name, None)
     manifest["graph"] = json.loads(spec.to_json())
-    manifest["sources"] = {**manifest["sources"], "checkpoint": spec.checkpoint}
-    manifest["sources"].pop("plugin_choice", None)  # what it says of parity was of the old weights
+    passes = {k: v for k, v in manifest["sources"].items() if k == "passes"}
+    manifest["sources"] = {**passes, **(sources or {}), "checkpoint": spec.checkpoint}
+    manifest["command"] = list(command)
     digest = hashlib.sha256(model.SerializeToString()).hexdigest()
     manifest["request"] = {**manifest["request"], "model": digest}
     manifest["key"] = f"refit of {opened.manifest['key']} with {digest}"

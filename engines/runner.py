@@ -30,6 +30,8 @@ class EngineRunner(Closing):
     Attributes:
         name: TensorRT's version and the GPU, and what is to be known of the engine on it.
         spec: What the engine takes and gives.
+        image_shapes: Smallest, best and largest shape of ``image`` that the engine was built for;
+            None: the one of its spec.
         engine: For what NumPy has no part in, such as ``engine.enqueue``.
 
     Raises:
@@ -48,6 +50,7 @@ class EngineRunner(Closing):
         del threads
         opened = open_plan(Path(path))
         self.spec: GraphSpec = opened.spec
+        self.image_shapes = opened.profiles.get("image")
         self.engine = Engine(opened.backend, opened.plan, contexts=contexts, graphs=graphs)
         try:
             self._check(path)

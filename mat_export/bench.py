@@ -115,7 +115,8 @@ def bench(
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    packages = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy", "mat-export")
+    packages = ["torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy"]
+    packages += ["mat-export"]
     versions = {name: package_version(name) for name in packages}
     return {
         "cpu": _cpu_name(),

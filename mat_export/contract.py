@@ -217,6 +217,13 @@ class GraphSpec:
         """A copy with some fields replaced."""
         return replace(self, **fields)
 
+    def to_arguments(self) -> list[str]:
+        """The options of ``mat-export onnx`` that ask for this graph."""
+        batch = "dynamic" if self.batch is None else str(self.batch)
+        size = "dynamic" if self.dynamic_size else "native"
+        options = ["--batch", batch, "--size", size, "--noise", self.noise, "--io", self.io]
+        return [*options, "--coarse"] if self.coarse else options
+
     def to_json(self) -> str:
         """JSON that from_json reads back."""
         fields = asdict(self)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -223,8 +223,8 @@ def check_parity(
         candidate: What is judged, by the bar of its own precision.
         reference: What it is held against, in FP32 with float images.
         suite: The cases; by default the hard masks at the native size, and two of them at twice
-            the width where the candidate takes it.
-        batch: Images at once, where both take any number.
+            the width, where the candidate takes that: of an engine its profile decides.
+        batch: Images at once, where both take any number; of an engine the nearest that it takes.
         progress: Called with the next case's name, its number and how many there are.
         keep_pictures: Keep each case, its reference [3, H, W] and its candidate in the report.
 
@@ -237,10 +237,21 @@ def check_parity(
             f"candidate and reference are different networks: {config} and {reference.spec.config}"
         )
     bar = bar_of(candidate.spec)
-    chosen = list(suite) if suite is not None else _default_suite(candidate.spec)
+    built = _built_for(candidate)
     batch = candidate.spec.batch or reference.spec.batch or batch
+    if built is not None:
+        batch = min(max(batch, built[0][0]), built[2][0])
     masks_due = isinstance(candidate, OrtRunner | TorchRunner)
     results, pictures, unchecked = [], {}, dict[str, None]()
+    if suite is not None:
+        chosen = list(suite)
+    else:
+        chosen = _default_suite(candidate.spec, built)
+        if candidate.spec.dynamic_size and len({case.keep.shape for case in chosen}) == 1:
+            height, width = chosen[0].keep.shape
+            unchecked[f"other sizes: {height}×{width} alone fits what the engine was built for"] = (
+                None
+            )
     for i, case in enumerate(chosen):
         progress(case.name, i, len(chosen))
         expected, states = _run(reference, case, candidate.spec, batch)
@@ -265,10 +276,34 @@ def check_parity(
     )
 
 
-def _default_suite(spec: GraphSpec) -> list[Case]:
+_Sides: TypeAlias = tuple[int, int, int]
+"""Images at once, height, width."""
+
+
+def _built_for(candidate: Runner) -> tuple[_Sides, _Sides, _Sides] | None:
+    """What an engine takes, smallest, best and largest; None: whatever its spec says."""
+    shapes = getattr(candidate, "image_shapes", None)
+    if shapes is None:
+        return None
+    height = 1 if candidate.spec.io == "uint8" else 2
+    low, best, high = ((shape[0], shape[height], shape[height + 1]) for shape in shapes)
+    return low, best, high
+
+
+def _default_suite(
+    spec: GraphSpec, built: tuple[_Sides, _Sides, _Sides] | None = None
+) -> list[Case]:
     side = spec.config.resolution
-    suite = list(cases(side, side))
-    if spec.dynamic_size:
+
+    def takes(height: int, width: int) -> bool:
+        if built is None:
+            return spec.dynamic_size or (height, width) == (side, side)
+        low, _, high = built
+        return low[1] <= height <= high[1] and low[2] <= width <= high[2]
+
+    native = (side, side) if built is None or takes(side, side) else built[1][1:]
+    suite = list(cases(*native))
+    if takes(side, 2 * side):
         suite += [
             replace(case, name=f"{case.name}-wide")
             for case in cases(side, 2 * side)
@@ -458,6 +493,23 @@ def open_candidate(path: str | os.PathLike[str], *, threads: int | None = None) 
     return _open_checkpoint(path, None, threads)
 
 
+def _open_onnx_reference(
+    path: str | os.PathLike[str], threads: int | None, candidate: GraphSpec, any_precision: bool
+) -> Runner:
+    runner = _open_onnx(path, threads)
+    try:
+        if runner.spec.precision != "fp32" and not any_precision:
+            raise UserError(
+                f"'{path}' is {runner.spec.precision} and a reference is FP32: name the file of "
+                "'mat-export onnx', or the checkpoint"
+            )
+        _require_weights(path, runner.spec.checkpoint, candidate)
+    except UserError:
+        runner.close()
+        raise
+    return runner
+
+
 def _open_onnx(path: str | os.PathLike[str], threads: int | None) -> Runner:
     """An ONNX file with its mask states among the outputs, half tensors stored as on a GPU."""
     model = with_mask_states(path)
@@ -505,6 +557,7 @@ def open_reference(
     near: str | os.PathLike[str] | None = None,
     record: str | os.PathLike[str] | None = None,
     threads: int | None = None,
+    any_precision: bool = False,
 ) -> Runner:
     """What to hold a candidate against.
 
@@ -516,12 +569,14 @@ def open_reference(
         near: The candidate's own path.
         record: An ``.npz`` to write the reference's answers to, when the runner is closed.
         threads: CPU threads.
+        any_precision: Take an ONNX file that is not FP32 too, so that engines made of it can be
+            compared with each other; proof it is none.
 
     Raises:
-        UserError: If there is no reference, it has other weights than the candidate names, or the
-            recording cannot be written.
+        UserError: If there is no reference, it is not FP32, it has other weights than the candidate
+            names, or the recording cannot be written.
     """
-    found = _find_reference(candidate, path, near, threads)
+    found = _find_reference(candidate, path, near, threads, any_precision)
     if record is None:
         return found
     digest = file_digest(path) if path is not None else ""
@@ -537,12 +592,13 @@ def _find_reference(
     path: str | os.PathLike[str] | None,
     near: str | os.PathLike[str] | None,
     threads: int | None,
+    any_precision: bool,
 ) -> Runner:
     spec = candidate.with_changes(io="float", batch=None, precision="fp32")
     if path is not None and near is not None and _same(path, near):
         raise UserError(f"'{path}' is candidate and reference: name another reference")
     if path is not None and Path(path).suffix.lower() == ".onnx":
-        return _open_onnx(path, threads)
+        return _open_onnx_reference(path, threads, candidate, any_precision)
     if path is not None and Path(path).suffix.lower() == SUFFIX:
         return _open_recording(path, candidate)
     if path is not None:

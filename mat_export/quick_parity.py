@@ -33,7 +33,7 @@ def check_quickly(
 
     Args:
         candidate: An engine or ONNX file.
-        reference: The file of ``mat-export onnx`` that it was made of, in FP32.
+        reference: The ONNX file that it was made of: in FP32, or quantized as it is.
         answers: The reference's answers (``.npz``), which the first candidate's check records and
             the next ones' read.
         batch: Images at once, where candidate and reference take any number.
@@ -48,7 +48,10 @@ def check_quickly(
     with (
         open_candidate(candidate) as judged,
         open_reference(
-            judged.spec, answers if known else reference, record=None if known else answers
+            judged.spec,
+            answers if known else reference,
+            record=None if known else answers,
+            any_precision=True,
         ) as held,
     ):
         return check_parity(judged, held, suite=suite, batch=batch, progress=progress)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from test_cli import Run, one_sentence, run
 from test_engine_build import Install, gpu, install
 from test_engine_refit import opened
 
-from engines.papers import OpenedPlan
+import cli
+from engines.papers import OpenedPlan, save_engine
 from engines.plugins.library import LibraryDescription
 from mat_export.contract import UserError
-from mat_export.engine_graph import spec_of
+from mat_export.engine_graph import prepare_engine_graph, spec_of
+from mat_export.files import file_digest
 from mat_export.parity import BARS, CaseResult, ParityReport, RegionError
 from mat_torch import Checkpoint, random_checkpoint, save_checkpoint
 
@@ -204,7 +207,9 @@ def test_refit_keeps_the_calls_of_an_engine_with_plugins(
     own.write_text(json.dumps(manifest))
     given: list[onnx.ModelProto] = []
 
-    def refit_plan(plan: OpenedPlan, model: onnx.ModelProto, output: Path) -> SimpleNamespace:
+    def refit_plan(
+        plan: OpenedPlan, model: onnx.ModelProto, output: Path, **papers: Any
+    ) -> SimpleNamespace:
         given.append(model)
         return SimpleNamespace(weights=7, seconds=1.0)
 
@@ -226,6 +231,42 @@ def test_doctor_tells_of_the_plugin_library(
     assert ("works" if there else "absent") in row
 
 
+# -- the graph that engines are built of -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "opset"), [("fp16", 20), ("fp32", 17)])
+def test_lower_writes_the_graph_that_engines_are_built_of(
+    run: Run, tiny_onnx: Path, tmp_path: Path, precision: str, opset: int
+) -> None:
+    path = tmp_path / "lowered.onnx"
+    code, _, error = run(
+        *("lower", tiny_onnx, "-o", path, "--precision", precision, "--opset", opset)
+    )
+    assert code == 0, error
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    expected = prepare_engine_graph(tiny_onnx, precision, opset=opset)
+    assert model == expected.model
+    assert not model.functions
+    assert {o.version for o in model.opset_import if o.domain == ""} == {opset}
+    assert json.loads(Path(f"{path}.json").read_text())["graph"]["precision"] == precision
+    assert precision in run("info", path)[1]
+
+
+def test_lower_names_its_file_and_does_not_write_over_its_model(
+    run: Run, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "mat.onnx"
+    model.write_bytes(tiny_onnx.read_bytes())
+    code, _, error = run("lower", model, "-o", model)
+    assert code == 2
+    assert "is an input" in error
+    assert model.read_bytes() == tiny_onnx.read_bytes()
+    code, _, error = run("lower", model, "--precision", "bf16")
+    assert code == 0, error
+    assert (tmp_path / "mat-bf16.onnx").is_file()
+
+
 # -- refit, debug and the rest --------------------------------------------------------------------
 
 
@@ -240,9 +281,11 @@ def test_refit_prepares_the_new_weights_as_the_engine_was(
     form: str,
 ) -> None:
     given: list[Any] = []
+    papers: dict[str, Any] = {}
 
-    def refit_plan(*arguments: Any) -> SimpleNamespace:
+    def refit_plan(*arguments: Any, **named: Any) -> SimpleNamespace:
         given.append(arguments)
+        papers.update(named)
         return SimpleNamespace(weights=7, seconds=1.0)
 
     monkeypatch.setattr("engines.refit.refit_plan", refit_plan)
@@ -263,6 +306,77 @@ def test_refit_prepares_the_new_weights_as_the_engine_was(
     assert model.opset_import[0].version == 17  # what TensorRT 8.6 parses
     assert not model.functions
     assert any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
+    # What it says of itself leads to the new weights.
+    again = shlex.join(papers["command"])
+    assert str(weights) in again
+    if form == "ONNX":
+        assert again == f"mat-export trt {weights}"
+        assert papers["sources"]["onnx"]["sha256"] == file_digest(weights)
+    else:
+        exported = target.with_suffix(".onnx")
+        assert f"mat-export onnx --checkpoint {weights} --key G_ema --batch 1" in again
+        assert f"-o {exported} && mat-export trt {exported}" in again
+
+
+@pytest.mark.parametrize("verdict", ["passed", "failed", "could not be reached"])
+def test_refit_keeps_the_engine_that_is_there_until_the_new_one_is_proved(
+    run: Run,
+    opened: OpenedPlan,
+    tiny_onnx: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verdict: str,
+) -> None:
+    seen: list[Path] = []
+
+    def refit_plan(
+        plan: OpenedPlan, model: onnx.ModelProto, output: Path, **papers: Any
+    ) -> SimpleNamespace:
+        facts = {**plan.manifest, **papers, "refitted_from": plan.manifest["sha256"]}
+        save_engine(b"refitted", output, facts)
+        return SimpleNamespace(weights=7, seconds=1.0)
+
+    def judge(candidate: Path, *_: Any, **__: Any) -> SimpleNamespace:
+        seen.append(candidate)
+        assert candidate.read_bytes() == b"refitted"
+        assert opened.path.read_bytes() == opened.plan
+        if verdict == "could not be reached":
+            raise UserError("no reference")
+        passed = verdict == "passed"
+        return SimpleNamespace(passed=passed, to_json=lambda: json.dumps({"passed": passed}))
+
+    monkeypatch.setattr("engines.refit.refit_plan", refit_plan)
+    monkeypatch.setattr(cli, "_judge", judge)
+    papers = Path(f"{opened.path}.json").read_bytes()
+    code, _, error = run("refit", opened.path, "--checkpoint", tiny_onnx)
+    assert code == {"passed": 0, "failed": 1, "could not be reached": 2}[verdict], error
+    if verdict == "passed":
+        assert opened.path.read_bytes() == b"refitted"
+        manifest = json.loads(Path(f"{opened.path}.json").read_text())
+        assert manifest["parity"] == {"passed": True}
+        assert manifest["refitted_from"] == opened.manifest["sha256"]
+    else:
+        assert opened.path.read_bytes() == opened.plan
+        assert Path(f"{opened.path}.json").read_bytes() == papers
+    assert not seen[0].parent.exists()
+    assert seen[0].parent.parent == opened.path.parent
+
+
+def test_a_verdict_that_cannot_be_noted_in_the_papers_is_still_written(
+    run: Run, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(*_: Any, **__: Any) -> SimpleNamespace:
+        return SimpleNamespace(passed=True, to_json=lambda: json.dumps({"passed": True}))
+
+    def record(*_: Any) -> None:
+        raise UserError("the folder is read-only")
+
+    monkeypatch.setattr(cli, "_judge", judge)
+    monkeypatch.setattr(cli, "_record_parity", record)
+    verdict = tmp_path / "verdict.json"
+    code, _, error = run("parity", tiny_onnx, "--json", verdict)
+    assert code == 2
+    assert "read-only" in error
+    assert json.loads(verdict.read_text()) == {"passed": True}
 
 
 def test_debug_names_no_layer_where_backends_agree(

@@ -13,13 +13,17 @@ from fake_tensorrt import fake_device_info, make_tensorrt
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.backend import open_backend
-from engines.papers import OpenedPlan, open_plan, save_engine
+from engines.papers import OpenedPlan, open_plan, rebuild_command, save_engine
 from engines.refit import refit_plan
 from mat_export.contract import METADATA_KEY, GraphSpec, UserError
 from mat_torch import preset
 
 SPEC = GraphSpec(preset("mat-tiny-256"), precision="fp16", checkpoint="a" * 64)
 NEW = SPEC.with_changes(checkpoint="b" * 64, source="fine-tuned")
+
+
+AGAIN = ["mat-export", "trt", "new.onnx"]
+SOURCES = {"onnx": {"path": "new.onnx"}}
 
 
 def model_of(spec: GraphSpec | None, names: str = "wb") -> onnx.ModelProto:
@@ -61,7 +65,12 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenedPlan:
             "key": "k" * 64,
             "request": request,
             "graph": json.loads(SPEC.to_json()),
-            "sources": {"checkpoint": SPEC.checkpoint, "plugin_choice": {"why": "1 ms less"}},
+            "sources": {
+                "checkpoint": SPEC.checkpoint,
+                "onnx": {"path": "mat.onnx", "sha256": "0" * 64},
+                "passes": {"typed": 3},
+                "plugin_choice": {"why": "1 ms less"},
+            },
             "command": ["mat-export", "trt", "mat.onnx"],
             "parity": {"passed": True},
         },
@@ -72,11 +81,17 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenedPlan:
 
 def test_the_new_engine_has_papers_of_its_own(opened: OpenedPlan, tmp_path: Path) -> None:
     target = tmp_path / "new.plan"
-    report = refit_plan(opened, model_of(NEW), target)
+    report = refit_plan(opened, model_of(NEW), target, command=AGAIN, sources=SOURCES)
     assert report.weights == 2
     again = open_plan(target)
     assert again.spec.checkpoint == NEW.checkpoint
-    assert again.manifest["sources"] == {"checkpoint": NEW.checkpoint}
+    # Nothing of the old weights' files is left in them.
+    assert again.manifest["sources"] == {
+        "passes": {"typed": 3},
+        "onnx": {"path": "new.onnx"},
+        "checkpoint": NEW.checkpoint,
+    }
+    assert rebuild_command(again.manifest) == "mat-export trt new.onnx"
     assert again.manifest["refitted_from"] == opened.manifest["sha256"]
     assert again.manifest["parity"] is None
     assert again.manifest["key"] != opened.manifest["key"]
@@ -84,7 +99,7 @@ def test_the_new_engine_has_papers_of_its_own(opened: OpenedPlan, tmp_path: Path
 
 
 def test_it_may_replace_the_engine(opened: OpenedPlan) -> None:
-    refit_plan(opened, model_of(NEW), opened.path)
+    refit_plan(opened, model_of(NEW), opened.path, command=AGAIN)
     assert open_plan(opened.path).spec.checkpoint == NEW.checkpoint
 
 
@@ -93,7 +108,7 @@ def test_indices_go_in_as_the_type_that_the_parser_made_of_them(
 ) -> None:
     model = model_of(NEW)
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.arange(3), "b"))
-    assert refit_plan(opened, model, tmp_path / "new.plan").weights == 2
+    assert refit_plan(opened, model, tmp_path / "new.plan", command=AGAIN).weights == 2
 
 
 @pytest.mark.parametrize(
@@ -112,11 +127,11 @@ def test_what_does_not_fit_is_said_and_nothing_written(
 ) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UserError, match=words):
-        refit_plan(opened, model, tmp_path / "new.plan")
+        refit_plan(opened, model, tmp_path / "new.plan", command=AGAIN)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_an_engine_with_fixed_weights_is_refused(opened: OpenedPlan, tmp_path: Path) -> None:
     fixed = OpenedPlan(opened.path, b'{"flags": []}', opened.spec, opened.backend, opened.manifest)
     with pytest.raises(UserError, match="--refittable"):
-        refit_plan(fixed, model_of(NEW), tmp_path / "new.plan")
+        refit_plan(fixed, model_of(NEW), tmp_path / "new.plan", command=AGAIN)

@@ -1297,7 +1297,9 @@ def open_as(monkeypatch: pytest.MonkeyPatch, backend: FakeBackend, spec: GraphSp
 
     def open_plan(path: Path) -> Any:
         asked.append(path)
-        return OpenedPlan(path, PLAN, spec, backend, manifest={}, notes=("perhaps slower here",))
+        side = spec.config.resolution
+        manifest = {"request": {"profiles": {"image": [[n, 3, side, side] for n in (1, 2, 4)]}}}
+        return OpenedPlan(path, PLAN, spec, backend, manifest, notes=("perhaps slower here",))
 
     monkeypatch.setattr("engines.runner.open_plan", open_plan)
     return asked
@@ -1321,6 +1323,8 @@ def test_the_runner_is_a_runner(
     assert asked == [Path("some/mat.plan")]
     assert runner.name == "TensorRT 8.6.0, Paper GPU 0, perhaps slower here"
     assert runner.spec is spec
+    assert runner.image_shapes is not None
+    assert [shape[0] for shape in runner.image_shapes] == [1, 2, 4]
     with runner:
         for batch in (1, 3, 3):
             inputs = full_inputs(spec, batch)

@@ -30,7 +30,7 @@ from mat_export.parity import (
 )
 from mat_export.report import render, write_report
 from mat_export.runners import OrtRunner, Runner
-from mat_export.suite import MASKS, Case, photograph
+from mat_export.suite import MASKS, Case, cases, photograph
 from mat_torch import Checkpoint, preset, random_checkpoint, save_checkpoint
 
 NAMES = ("random-large", "one-window")
@@ -190,6 +190,8 @@ def test_a_model_without_mask_states_fails(tiny_onnx: Path, reference: Runner) -
 class Engine(FakeRunner):
     """A stand-in for a built engine, which gives the mask states that it was built with."""
 
+    image_shapes: tuple[tuple[int, ...], ...] | None = None
+
     def __init__(self, masks: int, coarse: bool = False, **fields: Any) -> None:
         super().__init__(coarse=coarse, **fields)
         self.masks = mask_state_names(self.spec.config)[:masks]
@@ -198,7 +200,8 @@ class Engine(FakeRunner):
         results = super().run(inputs)
         if self.spec.coarse:
             results["coarse"] = results["output"]
-        valid = inputs["mask"][:, :, ::4, ::4]
+        mask = inputs["mask"]  # [B, 1, H, W], or bytes [B, H, W]
+        valid = mask.reshape(len(mask), 1, *mask.shape[-2:])[:, :, ::4, ::4]
         return {**results, **{f"mask_state/{name}": valid for name in self.masks}}
 
 
@@ -216,6 +219,46 @@ def test_an_engine_without_mask_states_is_judged_and_its_masks_are_not_checked(
     figures = json.loads((tmp_path / "parity.json").read_text())
     assert figures["unchecked"] == ["mask states: the candidate gives none"]
     assert figures["cases"][0]["masks_checked"] is False
+
+
+@pytest.mark.parametrize(
+    ("io", "low", "high", "batch"),
+    [("float", 1, 1, 1), ("float", 4, 8, 4), ("uint8", 1, 8, 2)],
+)
+def test_an_engine_is_judged_within_its_profile(
+    io: str, low: int, high: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mat_export.parity.cases", _two_cases)
+    candidate = Engine(10, io=io, dynamic_size=True, noise="input")
+    candidate.image_shapes = tuple(
+        (n, 256, 256, 3) if io == "uint8" else (n, 3, 256, 256) for n in (low, low, high)
+    )
+    report = check_parity(candidate, Engine(10, dynamic_size=True, noise="input"))
+    assert report.passed
+    assert set(candidate.batches) == {batch}
+    assert [case.name for case in report.cases] == ["shift-seams", "random-large"]
+    assert report.unchecked == ("other sizes: 256×256 alone fits what the engine was built for",)
+
+
+def test_an_engine_of_another_size_alone_is_judged_at_that_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mat_export.parity.cases", _two_cases)
+    candidate = Engine(10, dynamic_size=True, noise="input")
+    candidate.image_shapes = ((1, 3, 512, 256),) * 3
+    report = check_parity(candidate, Engine(10, dynamic_size=True, noise="input"))
+    assert report.passed
+    assert {inputs["image"].shape for inputs in candidate.seen} == {(1, 3, 512, 256)}
+    # One that takes both sizes has both checked.
+    candidate.image_shapes = ((1, 3, 256, 256), (1, 3, 256, 256), (2, 3, 256, 512))
+    report = check_parity(candidate, Engine(10, dynamic_size=True, noise="input"))
+    assert report.unchecked == ()
+    assert len(report.cases) == 4
+
+
+def _two_cases(height: int, width: int) -> list[Case]:
+    names = ("shift-seams", "random-large")
+    return [case for case in cases(height, width) if case.name in names]
 
 
 def test_an_engine_with_mask_states_has_all_of_them_checked() -> None:
@@ -293,6 +336,29 @@ def test_other_weights_fail(tiny_onnx: Path, tmp_path: Path) -> None:
     save_checkpoint(random_checkpoint(preset("mat-tiny-256"), 1), path)
     with open_candidate(tiny_onnx) as candidate, open_candidate(path) as other:
         assert not check_parity(candidate, other, suite=small_suite("random-small")).passed
+
+
+@pytest.mark.parametrize("fault", ["precision", "weights"])
+def test_an_onnx_file_that_proves_nothing_is_refused_as_reference(
+    tiny_onnx: Path, tmp_path: Path, fault: str
+) -> None:
+    model = onnx.load(tiny_onnx)
+    spec = GraphSpec.of_model(model)
+    assert spec is not None
+    candidate = spec
+    if fault == "precision":
+        spec.with_changes(precision="fp16").write_to(model)
+        words = "is fp16 and a reference is FP32"
+    else:
+        candidate = spec.with_changes(checkpoint="0" * 64)
+        words = "does not hold the candidate's weights"
+    path = tmp_path / "other.onnx"
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=words):
+        open_reference(candidate, path)
+    if fault == "precision":
+        with open_reference(candidate, path, any_precision=True) as found:
+            assert found.spec.precision == "fp16"
 
 
 # -- the reference ------------------------------------------------------------------------------
