@@ -1319,12 +1319,13 @@ def test_the_runner_is_a_runner(
     gpu: FakeGpu, spec: GraphSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = open_as(monkeypatch, FakeBackend(engine_for(gpu, spec)), spec)
-    runner: Runner = EngineRunner("some/mat.plan", threads=3)
+    opened = EngineRunner("some/mat.plan", threads=3)
+    runner: Runner = opened
     assert asked == [Path("some/mat.plan")]
     assert runner.name == "TensorRT 8.6.0, Paper GPU 0, perhaps slower here"
     assert runner.spec is spec
-    assert runner.image_shapes is not None
-    assert [shape[0] for shape in runner.image_shapes] == [1, 2, 4]
+    assert opened.image_shapes is not None
+    assert [shape[0] for shape in opened.image_shapes] == [1, 2, 4]
     with runner:
         for batch in (1, 3, 3):
             inputs = full_inputs(spec, batch)
