@@ -69,7 +69,8 @@ class LibraryDescription:
         interface: ``V2`` (TensorRT 8.6) or ``V3`` (from 10 on).
         tensorrt: The version of the headers it was compiled with, such as ``10.14.1``.
         tensorrt_major: Its first number: the TensorRT that loads it.
-        architectures: What it has code for: ``sm_NN``, and ``compute_NN`` for any later GPU.
+        architectures: What it has code for: ``sm_NN``, and ``compute_NN`` for any later GPU; with
+            ``a`` behind the number for that GPU alone, with ``f`` for its generation.
         compiler: nvcc's version, such as ``13.0.88``.
         sources: SHA-256 of the sources it was made of.
     """
@@ -83,13 +84,18 @@ class LibraryDescription:
 
     def runs_on(self, capability: Capability) -> bool:
         """Whether it has code for GPUs of this compute capability."""
-        for architecture in self.architectures:
-            kind, _, number = architecture.partition("_")
-            own = capability_of(number)
-            # Machine code runs on its generation from its GPU on, PTX on everything later.
-            if own <= capability and (kind == "compute" or own[0] == capability[0]):
-                return True
-        return False
+        return any(_runs_on(architecture, capability) for architecture in self.architectures)
+
+
+def _runs_on(architecture: str, capability: Capability) -> bool:
+    """Whether GPUs of this compute capability run code for an architecture."""
+    kind, _, number = architecture.partition("_")
+    own = capability_of(number.rstrip("abcdefghijklmnopqrstuvwxyz"))
+    if not number[-1:].isdecimal() and not number.endswith("f"):  # 90a: what 9.0 alone has
+        return own == capability
+    # Machine code runs on its generation from its GPU on, PTX on everything later.
+    later = kind == "compute" and not number.endswith("f")
+    return own <= capability and (later or own[0] == capability[0])
 
 
 # -- what a library is -----------------------------------------------------------------------------
