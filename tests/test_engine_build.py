@@ -198,8 +198,24 @@ def test_a_target_takes_rtx(install: Install) -> None:
 
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    with pytest.raises(UserError, match=r"does not know the target sm_90; it knows sm_75, .*sm_89"):
+    with pytest.raises(UserError, match=r"does not know the target sm_90; it knows sm_80, .*sm_89"):
         open_backend(target="sm_90")
+
+
+def test_rtx_is_not_for_gpus_before_ampere(
+    monkeypatch: pytest.MonkeyPatch, install: Install, gpu: dict[str, Any]
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert "sm_75" not in open_backend("tensorrt-rtx").targets
+    for choice in ("auto", "tensorrt-rtx"):
+        with pytest.raises(UserError, match=r"sm_80, .*, got sm_75, or use --backend tensorrt"):
+            open_backend(choice, target="sm_75")
+    with_capability(monkeypatch, (7, 5))
+    install(None)
+    with pytest.raises(UserError, match=r"mat-export\[trt\].*TensorRT-RTX .* does not run on it"):
+        open_backend()
+    install("10.13.3")
+    assert open_backend().name == "tensorrt"
 
 
 # -- what is refused before the work ---------------------------------------------------------------
@@ -266,8 +282,9 @@ def test_what_rtx_lacks_is_refused() -> None:
         check(backend, BuildOptions(version_compatible=True))
     with pytest.raises(UserError, match="leave out --refittable"):
         check(backend, BuildOptions(refittable=True), gpu=None)
-    with pytest.raises(UserError, match=r"7\.5 have no bfloat16"):
-        check(backend, BuildOptions(target="sm_75"), precision="bf16")
+    for precision in ("fp32", "fp16", "bf16"):
+        with pytest.raises(UserError, match=r"before sm_80, .*, got sm_75"):
+            check(backend, BuildOptions(target="sm_75"), precision=precision)
     turing = replace(ADA, capability=(7, 5))
     check(backend, BuildOptions(hardware_compatible=True), precision="bf16", gpu=turing)
 
@@ -278,10 +295,11 @@ def test_rtx_builds_for_the_gpu_or_for_all() -> None:
     assert backend.resolve_target(BuildOptions(), ADA) == "sm_89"
     assert backend.resolve_target(BuildOptions(target="sm_120"), ADA) == "sm_120"
     assert backend.resolve_target(BuildOptions(hardware_compatible=True), None) is None
-    with pytest.raises(UserError, match=r"--target \(sm_75, "):
+    with pytest.raises(UserError, match=r"--target \(sm_80, "):
         backend.resolve_target(BuildOptions(), None)
-    with pytest.raises(UserError, match="does not run on Ada"):
-        backend.resolve_target(BuildOptions(), replace(ADA, capability=(9, 0)))
+    for capability in ((7, 5), (9, 0)):
+        with pytest.raises(UserError, match="does not run on Ada"):
+            backend.resolve_target(BuildOptions(), replace(ADA, capability=capability))
 
 
 # -- how each generation is told -------------------------------------------------------------------
@@ -1042,17 +1060,22 @@ def test_rtx_names_the_node_that_it_refuses(plan: Path) -> None:
 
 
 @pytest.mark.usefixtures("rtx")
-def test_rtx_says_what_it_cannot_build(plan: Path) -> None:
-    """For Turing it compiles no FP32 matrix products."""
+def test_rtx_says_what_it_cannot_build(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Turing it compiles no FP32 matrix products; once it does, it need not be refused."""
     a = helper.make_tensor_value_info("a", TensorProto.FLOAT, [64, 64])
     b = helper.make_tensor_value_info("b", TensorProto.FLOAT, [64, 64])
     node = helper.make_node("MatMul", ["a", "a"], ["b"], name="mapping.fc.0/MatMul")
     graph = helper.make_graph([node], "g", [a], [b])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     helper.set_model_props(proto, {METADATA_KEY: TINY.to_json()})
+    model, options = proto.SerializeToString(), BuildOptions(target="sm_75")
     with pytest.raises(UserError, match=r"could not build the engine: .*Turing") as caught:
-        build_engine(proto.SerializeToString(), plan, BuildOptions(target="sm_75"))
+        open_backend("tensorrt-rtx").build(model, options, {}, BuildHooks())
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr("subprocess.Popen", no_process)
+    with pytest.raises(UserError, match=r"before sm_80, .*, got sm_75"):
+        build_engine(model, plan, options)
+    assert not plan.exists()
 
 
 @needs_proc
