@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from mat_export.runners import Runner
     from mat_torch import Checkpoint, GeneratorConfig
 
-for suffix in (".plan", ".engine"):
+ENGINE_SUFFIXES = (".plan", ".engine")
+"""Ends of an engine's name, by which every command knows it."""
+
+for suffix in ENGINE_SUFFIXES:
     register_opener(suffix, "engines.runner:EngineRunner")
 
 app = typer.Typer(
@@ -417,8 +420,10 @@ def _build(
 
     require_other(output, model, manifest_path(model))
     require_other(manifest_path(output), model, manifest_path(model))
+    _require_engine_name(output)
     require_writable(output)
     found = open_backend(options.backend, target=options.target)
+    found.check_precision(precision.value)
     loaded = load_onnx(model)
     with tracker("plugins") as progress:
         library, why = find_library(
@@ -515,6 +520,7 @@ def refit(
 
     target = output or plan
     require_other(target, checkpoint)
+    _require_engine_name(target)
     require_writable(target)
     opened = open_plan(plan)
     passes = opened.manifest["sources"].get("passes", {})
@@ -583,7 +589,9 @@ def debug(
     if backend is not TrialName.onnxruntime:
         from engines.backend import open_backend
 
-        opset = open_backend(backend.value).opset
+        chosen = open_backend(backend.value)
+        chosen.check_precision(precision.value)
+        opset = chosen.opset
     loaded = load_onnx(model)
     graph = prepare_model(loaded, precision.value, opset=opset, label=f"'{model}'")
     reference = prepare_model(loaded, "fp32", opset=opset, label=f"'{model}'")
@@ -1082,6 +1090,17 @@ def _exported(model: Path) -> Path:
             f"there is no '{model}' here: write it with 'mat-export onnx', or name a model"
         )
     return model
+
+
+def _require_engine_name(output: Path) -> None:
+    """Raise UserError unless other commands know a file of this name for an engine."""
+    from mat_export.contract import UserError
+
+    if output.suffix.lower() not in ENGINE_SUFFIXES:
+        raise UserError(
+            f"the name of an engine ends in {' or '.join(ENGINE_SUFFIXES)}, by which other "
+            f"commands know it, got '{output}'"
+        )
 
 
 def _batch(text: str) -> int | None:

@@ -6,12 +6,14 @@ import contextlib
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
+from fake_tensorrt import GPU
 from test_cli import Run, one_sentence, run
 from test_engine_build import Install, gpu, install
 from test_engine_refit import opened
@@ -290,12 +292,32 @@ def test_a_recording_stands_for_the_reference(run: Run, small_onnx: Path, tmp_pa
     assert "recording" in out
 
 
-def test_doctor_tells_of_every_backend(run: Run) -> None:
-    code, out, _ = run("doctor")
-    assert code == 0
-    assert "GPU for engines" in out
-    assert "tensorrt-rtx" in out
-    assert "mat-export[trt]" in "".join(out.split()) or "works" in out
+def test_doctor_tells_of_every_backend(
+    run: Run, install: Install, gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str) -> str:
+        """What is said of one thing, in a line."""
+        code, out, _ = run("doctor")
+        assert code == 0, out
+        lines = out.splitlines()
+        cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+        (start,) = (i for i, line in enumerate(cells) if line[0] == name)
+        more = next((i for i in range(start + 1, len(cells)) if cells[i][0]), len(cells))
+        return " ".join(" ".join(line[1:]).strip() for line in cells[start:more])
+
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    install("10.13.3")
+    assert row("GPU for engines").startswith("works Fake GPU, compute capability 8.6")
+    said = row("tensorrt")
+    assert said.startswith("works 10.13.3: bf16, fp16, fp32, int8, tf32, ONNX opset 22")
+    assert "runs on this GPU" in said
+    assert row("tensorrt-rtx") == "absent not installed: pip install 'mat-export[rtx]'"
+    monkeypatch.setitem(GPU, "capability", (12, 0))
+    install("8.6.0")
+    assert row("tensorrt").startswith("absent 8.6.0: ")
+    assert "does not run on this machine" in row("tensorrt")
+    install(None)
+    assert row("tensorrt") == "absent not installed: pip install 'mat-export[trt]'"
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -312,6 +334,9 @@ BAD = {
     "level": (["trt", "m.onnx", "--level", "9"], "0 to 5"),
     "no folder": (["trt", "m.onnx", "--target", "sm_89", "-o", "nowhere/x.plan"], "nowhere"),
     "over the model": (["trt", "m.onnx", "--target", "sm_89", "-o", "m.onnx"], "is an input"),
+    "a name of no engine": (["trt", "m.onnx", "-o", "mat.trt"], "ends in .plan or .engine"),
+    "no ending": (["trt", "m.onnx", "-o", "mat"], "ends in .plan or .engine"),
+    "a target of no use": (["trt", "m.onnx", "--target", "sm_75"], "got sm_75"),
     "plugins where there are none": (
         ["trt", "m.onnx", "--target", "sm_89", "--plugins", "on"],
         "no plugin layers",
@@ -342,6 +367,10 @@ BAD = {
     "refit onto its weights": (
         ["refit", "bare.plan", "--checkpoint", "m.onnx", "-o", "m.onnx"],
         "is an input",
+    ),
+    "refit to a name of no engine": (
+        ["refit", "bare.plan", "--checkpoint", "m.onnx", "-o", "new.trt"],
+        "ends in .plan or .engine",
     ),
     "debug of nothing": (["debug", "absent.onnx"], "absent.onnx"),
     "debug without TensorRT": (["debug", "m.onnx", "--backend", "tensorrt"], "mat-export[trt]"),
@@ -380,9 +409,36 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_an_engine_for_another_gpu_says_so(run: Run, plan: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trt", "--bf16", "-o", "mat.plan"],
+        ["debug", "--backend", "tensorrt", "--precision", "bf16"],
+    ],
+)
+def test_a_precision_that_tensorrt_lacks_is_told_before_the_model_is_prepared(
+    run: Run,
+    small_onnx: Path,
+    tmp_path: Path,
+    install: Install,
+    gpu: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    install("8.6.0")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    code, _, error = run(arguments[0], small_onnx, *arguments[1:])
+    one_sentence(code, error)
+    assert "TensorRT 8.6.0 has no bf16; the file may be in fp16, fp32, int8, tf32" in error
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_engine_for_another_gpu_says_so(run: Run, plan: Path, gpu: dict[str, Any]) -> None:
     code, _, error = run("parity", plan)
     one_sentence(code, error)
+    assert "was built for compute capability 8.9 (sm_89), and Fake GPU has 8.6" in error
+    assert "mat-export trt" in error
 
 
 def test_a_cut_engine_says_how_to_build_it_again(run: Run, plan: Path, tmp_path: Path) -> None:

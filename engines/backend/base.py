@@ -128,7 +128,7 @@ class Backend:
         Raises:
             UserError: With the reason and the way out.
         """
-        self._check_precision(precision)
+        self.check_precision(precision)
         if opset > self.opset or (self.ir_version is not None and ir_version > self.ir_version):
             limit = "" if self.ir_version is None else f" and IR version {self.ir_version}"
             raise UserError(
@@ -143,7 +143,8 @@ class Backend:
             )
         self._check_options(options, capability, gpu)
 
-    def _check_precision(self, precision: str) -> None:
+    def check_precision(self, precision: str) -> None:
+        """Raise UserError, with those it has, if it does not know a precision."""
         if precision not in self.precisions:
             raise UserError(
                 f"{self.label} has no {precision}; the file may be in "
@@ -215,7 +216,7 @@ class Backend:
                 "an engine with plugins runs on the TensorRT that their library is for, so it "
                 "cannot be version-compatible"
             )
-        self._check_precision(precision)
+        self.check_precision(precision)
 
     def load_plugins(self, library: Path) -> None:
         """Make the operators of a plugin library known in this process; again does nothing.
