@@ -1185,13 +1185,13 @@ def _record_parity(path: Path, result: ParityReport) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one sentence and exit code 2."""
-    from mat_export.contract import UserError
+    """Run the command line; a user's mistake, or a model that fails, is one sentence and code 2."""
+    from mat_export.contract import RunError, UserError
     from mat_torch.config import ConfigError
 
     try:
         app()
-    except (UserError, ConfigError) as error:
+    except (UserError, ConfigError, RunError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "onnxscript", "onnx_ir"):

@@ -28,15 +28,14 @@ from engines.build import (
     find_built,
     run_build,
 )
-from engines.cuda import CudaError
 from engines.options import BuildOptions, Size
 from engines.papers import open_plan, save_engine
 from engines.plugins.library import check_library, describe_library, library_for
 from engines.process import temporary_folder
 from engines.profiles import ranges_of
-from engines.runtime import Engine, EngineError
+from engines.runtime import Engine
 from engines.timing import time_engines
-from mat_export.contract import GraphSpec, UserError
+from mat_export.contract import GraphSpec, RunError, UserError
 from mat_export.files import file_digest
 
 __all__ = ["Contest", "Verdict", "build_chosen", "find_library"]
@@ -45,7 +44,7 @@ Prepare = Callable[[bool], tuple[bytes, dict[str, Any]]]
 """The graph that calls the plugins, or holds functions, as a file, and its sources (see
 `engines.build.check_build`)."""
 
-_TRIAL_ERRORS = (UserError, CudaError, EngineError)
+_TRIAL_ERRORS = (UserError, RunError)
 """What an engine may fail with when it is run."""
 
 
@@ -228,7 +227,8 @@ class _Trial:
 
     def __str__(self) -> str:
         measured = "not timed" if self.milliseconds is None else f"{self.milliseconds:.2f} ms"
-        return f"{self.name}: {measured}, {self.verdict.words if self.verdict else self.problem}"
+        said = "" if self.verdict is None else self.verdict.words
+        return f"{self.name}: {measured}, {'; '.join(filter(None, (said, self.problem)))}"
 
 
 def _build_faster(

@@ -18,8 +18,10 @@ from test_cli import Run, one_sentence, run
 from test_engine_build import Install, gpu, install
 from test_engine_refit import opened
 
+from engines.cuda import CudaError
 from engines.papers import OpenedPlan
 from engines.plugins.library import LibraryDescription
+from engines.runtime import EngineError
 from mat_export.contract import UserError
 from mat_export.engine_graph import spec_of
 from mat_export.parity import BARS, CaseResult, ParityReport, RegionError
@@ -432,6 +434,25 @@ def test_a_precision_that_tensorrt_lacks_is_told_before_the_model_is_prepared(
     one_sentence(code, error)
     assert "TensorRT 8.6.0 has no bf16; the file may be in fp16, fp32, int8, tf32" in error
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EngineError("TensorRT refused to run the engine: MaskPropagation: no kernel for sm_89"),
+        CudaError("cudaStreamSynchronize", 700, "an illegal memory access was encountered"),
+    ],
+)
+def test_a_run_that_fails_is_a_sentence(
+    run: Run, small_onnx: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("mat_export.runners.OrtRunner.run", fail)
+    code, _, said = run("parity", small_onnx)
+    one_sentence(code, said)
+    assert f"error: {error}" in said
 
 
 def test_an_engine_for_another_gpu_says_so(run: Run, plan: Path, gpu: dict[str, Any]) -> None:

@@ -458,6 +458,16 @@ class Backend:
         config.set_flag(keep)
         return bytes(engine.serialize_with_config(config))
 
+    def last_errors(self) -> str:
+        """What TensorRT, or a plugin through it, logged last, as part of a sentence; then no more.
+
+        Its logger keeps errors whether or not anybody listens.
+        """
+        errors = logger_of(self.module).errors
+        reason = reason_of(errors)
+        errors.clear()
+        return reason
+
     # -- shared ------------------------------------------------------------------------------------
 
     def _logger(self, sink: Callable[[str, str], None] | None = None) -> Any:
