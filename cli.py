@@ -474,6 +474,12 @@ def _build(
             f"{', with plugins' if report.plugins else ''}{layers}, {report.bytes / 1e6:.1f} MB, "
             f"{report.seconds:.1f} s"
         )
+    if report.missed is not None:
+        note(
+            f"{report.missed}: {output} is there, but neither it nor the one with plugins passes "
+            f"against '{model}'; try another precision"
+        )
+        raise typer.Exit(1)
     note(f"prove it: mat-export parity {output}")
 
 

@@ -74,6 +74,13 @@ class BuildReport:
         return self.manifest["sources"].get("plugin") is not None
 
     @property
+    def missed(self) -> str | None:
+        """What of parity the engine failed where `engines.choice` checked it; None if nothing."""
+        choice: dict[str, Any] = self.manifest["sources"].get("plugin_choice", {})
+        missed: str | None = choice.get("missed")
+        return missed
+
+    @property
     def layers(self) -> dict[str, Any] | None:
         """Figures of the layers (`engines.layers`); None where no GPU could tell them."""
         return self.manifest.get("layers")

@@ -140,7 +140,9 @@ def build_chosen(
     """Build an engine with plugins, without, or whichever of the two is faster.
 
     The manifest's ``sources`` say what became of it: ``plugin`` is the library that the engine
-    calls, and ``plugin_choice`` has the reason and, of a contest, both times and parities.
+    calls, and ``plugin_choice`` has the reason and, of a contest, both times and parities; with
+    ``missed``, what the engine that was kept failed in, and with ``undecided``, that the contest is
+    to be held again.
 
     Args:
         prepare: Makes the graph.
@@ -253,6 +255,9 @@ def _build_faster(
             check_build(model, output, options, sources=sources, weighed=papers["sha256"])
         )
     found = None if force else find_built(output, builds, note)
+    if found is not None and "undecided" in found["sources"].get("plugin_choice", {}):
+        note("building anew, since the last contest with plugins was not decided")
+        found = None
     if found is not None:
         return BuildReport(output, found, True, time.monotonic() - started)
     note("building twice, without plugins and with them (--plugins on or off builds once)")
@@ -269,14 +274,20 @@ def _build_faster(
         if kept.manifest is None:
             raise UserError(kept.problem)
         note(f"kept the engine {kept.name}: {why}")
-        choice = {
+        choice: dict[str, Any] = {
             "asked": options.plugins,
             "why": why,
             "library": papers,
             "with_plugins": ours.figures(),
             "without_plugins": plain.figures(),
         }
-        manifest = {**kept.manifest, "sources": {**kept.build.sources, "plugin_choice": choice}}
+        manifest = {**kept.manifest}
+        if plain.passed and ours.passed and None in (plain.milliseconds, ours.milliseconds):
+            choice["undecided"] = True
+        if kept.verdict is not None and not kept.passed:
+            choice["missed"] = kept.verdict.words
+            manifest["parity"] = dict(kept.verdict.figures)
+        manifest["sources"] = {**kept.build.sources, "plugin_choice": choice}
         manifest = save_engine(kept.path.read_bytes(), output, manifest)
     progress("built", 100, 100)
     return BuildReport(output, manifest, False, time.monotonic() - started)
@@ -342,7 +353,7 @@ def _choose(plain: _Trial, ours: _Trial) -> tuple[_Trial, str]:
         return plain, f"the one with plugins does not pass: {_reason(ours)}"
     if ours.passed:
         return ours, f"the one without plugins does not pass: {_reason(plain)}"
-    return plain, "parity of neither is proven"
+    return plain, f"parity of neither is proven: {_reason(plain)}"
 
 
 def _reason(trial: _Trial) -> str:

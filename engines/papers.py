@@ -234,6 +234,9 @@ def _wrong_entries(manifest: dict[str, Any]) -> Iterator[str]:
             _gpu_of(request)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         yield f"request or graph: {error}"
+    for name in ("passes", "plugin_choice"):
+        if not isinstance(manifest["sources"].get(name, {}), dict):
+            yield f"sources.{name}"
     plugin = manifest["sources"].get("plugin")
     if plugin is not None and not (
         isinstance(plugin, dict)

@@ -148,6 +148,29 @@ def test_trt_keeps_the_faster_engine_and_builds_it_once(
     assert "bring it, or build it again: mat-export trt" in error
 
 
+def test_trt_exits_with_1_where_no_engine_passes_parity(
+    run: Run, tiny_onnx: Path, tmp_path: Path, plugin_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_quickly(plan: Path, model: Path, *_: Any, **__: Any) -> ParityReport:
+        error = RegionError(9, 1.0, 2.0, 3.1)
+        failures = ("PSNR in the hole 3.1 dB, below 40",)
+        case = CaseResult("one-window", error, error, True, True, 0, (), failures)
+        return ParityReport(plan.name, model.name, "fp16", BARS["fp16"], (case,))
+
+    monkeypatch.setattr("mat_export.quick_parity.check_quickly", check_quickly)
+    out = tmp_path / "mat.plan"
+    for words in ("wrote", "nothing to do"):
+        code, _, error = run("trt", tiny_onnx, "--plugin-library", plugin_machine, "-o", out)
+        assert code == 1, error
+        assert words in error
+        assert error.splitlines()[-1].startswith("parity FAILED, one-window: PSNR in the hole 3.1")
+    assert "prove it" not in error
+    assert not json.loads(Path(f"{out}.json").read_text())["parity"]["passed"]
+    code, facts, _ = run("info", out)
+    assert code == 0
+    assert "FAILED" in facts
+
+
 def test_trt_with_plugins_on_builds_the_graph_that_calls_them(
     run: Run, tiny_onnx: Path, tmp_path: Path, plugin_machine: Path
 ) -> None:
