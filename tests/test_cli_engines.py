@@ -253,6 +253,53 @@ def test_doctor_tells_of_the_plugin_library(
     assert ("works" if there else "absent") in row
 
 
+# -- damaged papers -------------------------------------------------------------------------------
+
+
+def damage(plan: Path, entry: str, value: Any) -> None:
+    """Give an entry of a plan's manifest, named with dots, another value."""
+    own = Path(f"{plan}.json")
+    manifest = json.loads(own.read_text())
+    *parents, last = entry.split(".")
+    part = manifest
+    for name in parents:
+        part = part.setdefault(name, {})
+    part[last] = value
+    own.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("value", ["passed", 3, [1], True])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *("request", "request.options", "gpu", "layers", "layers.by_precision", "parity"),
+        *("sources", "sources.plugin", "sources.plugin_choice", "graph", "command", "versions"),
+    ],
+)
+def test_info_of_a_damaged_manifest_is_a_sentence(
+    run: Run, opened: OpenedPlan, entry: str, value: Any
+) -> None:
+    damage(opened.path, entry, value)
+    for file in (opened.path, Path(f"{opened.path}.json")):
+        code, facts, error = run("info", file)
+        if entry == "command" and isinstance(value, list):
+            assert code == 0, error
+            assert "command" in facts
+        else:
+            one_sentence(code, error)
+
+
+def test_refit_of_an_engine_with_damaged_papers_is_a_sentence(
+    run: Run, opened: OpenedPlan, small_onnx: Path
+) -> None:
+    before = opened.path.read_bytes()
+    damage(opened.path, "sources.passes", None)
+    code, _, error = run("refit", opened.path, "--checkpoint", small_onnx)
+    one_sentence(code, error)
+    assert "is damaged (sources.passes)" in error
+    assert opened.path.read_bytes() == before
+
+
 # -- refit, debug and the rest --------------------------------------------------------------------
 
 
