@@ -28,7 +28,7 @@ from engines.profiles import Profiles
 from mat_export.contract import UserError
 from mat_export.files import atomic_write
 
-__all__ = ["CacheFile", "CacheKeeper", "Percentage", "Request", "main"]
+__all__ = ["CacheFile", "CacheKeeper", "Percentage", "Request", "main", "no_room"]
 
 MODEL, REQUEST, PLAN = "model.onnx", "request.json", "engine.plan"
 """Names of the files in the folder."""
@@ -146,9 +146,21 @@ def _build(folder: Path, events: _Events, state: _State) -> dict[str, Any]:
     )
     model = (folder / MODEL).read_bytes()
     plan = backend.build(model, request.options, request.profiles, hooks)
-    (folder / PLAN).write_bytes(plan)
+    try:
+        (folder / PLAN).write_bytes(plan)
+    except OSError as error:
+        raise no_room(folder.parent, error) from error
     progress.complete()
     return _inspect(backend, plan, request, log) if request.inspect else {}
+
+
+def no_room(folder: Path | str | None, error: OSError) -> UserError:
+    """What to raise where temporary files cannot be written; None is no folder at all."""
+    where = "" if folder is None else f" to '{folder}'"
+    return UserError(
+        f"cannot write temporary files{where} ({error.strerror}): "
+        "set TMPDIR to a folder with room for the model and the engine"
+    )
 
 
 def _inspect(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -982,6 +983,32 @@ def test_a_temporary_folder_without_room_is_a_sentence(
     install("10.13.3")
     monkeypatch.setattr("tempfile.tempdir", str(plan.parent / "none"))
     with pytest.raises(UserError, match="set TMPDIR"):
+        build_engine(model_of(), plan, BuildOptions())
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_disk_that_is_full_once_the_engine_is_built_is_a_sentence(
+    install: Install, tmp_path: Path, plan: Path
+) -> None:
+    install("10.13.3", "fills the disk")
+    plan.write_bytes(b"an older engine")
+    where = re.escape(str(tmp_path / "temporary"))
+    with pytest.raises(UserError, match=f"cannot write temporary files to '{where}' .*set TMPDIR"):
+        build_engine(model_of(), plan, BuildOptions())
+    assert plan.read_bytes() == b"an older engine"
+    assert leftovers(tmp_path) == [plan]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_no_place_for_temporary_files_is_a_sentence(
+    install: Install, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    install("10.13.3")
+    monkeypatch.setattr("tempfile._get_default_tempdir", none)
+    with pytest.raises(UserError, match=r"No usable temporary directory.*set TMPDIR"):
         build_engine(model_of(), plan, BuildOptions())
 
 
