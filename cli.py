@@ -422,8 +422,12 @@ def _build(
     require_other(manifest_path(output), model, manifest_path(model))
     _require_engine_name(output)
     require_writable(output)
+    if timing_cache is not None:
+        _require_cache(timing_cache, output)
     found = open_backend(options.backend, target=options.target)
     found.check_precision(precision.value)
+    if timing_cache is not None and not found.has_timing_cache:
+        note(f"{found.label} times no kernels: --timing-cache is not used")
     loaded = load_onnx(model)
     with tracker("plugins") as progress:
         library, why = find_library(
@@ -1107,6 +1111,17 @@ def _require_engine_name(output: Path) -> None:
             f"the name of an engine ends in {' or '.join(ENGINE_SUFFIXES)}, by which other "
             f"commands know it, got '{output}'"
         )
+
+
+def _require_cache(path: Path, output: Path) -> None:
+    """Raise UserError unless kernel timings may be saved to a file."""
+    from engines.worker import CacheFile
+    from mat_export.contract import UserError
+    from mat_export.manifest import manifest_path
+
+    if path.absolute() in (output.absolute(), manifest_path(output).absolute()):
+        raise UserError(f"'{path}' is to be the engine's: name another file with --timing-cache")
+    CacheFile(path).require_cache()
 
 
 def _batch(text: str) -> int | None:

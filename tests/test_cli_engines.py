@@ -90,6 +90,16 @@ def test_trt_builds_every_precision(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mat.plan", "mat.plan.json"]
 
 
+def test_rtx_says_that_it_has_no_use_for_a_timing_cache(
+    run: Run, plan: Path, tmp_path: Path
+) -> None:
+    command = json.loads(Path(f"{plan}.json").read_text())["command"]
+    code, _, error = run(*command[1:], "--timing-cache", tmp_path / "new.cache")
+    assert code == 0, error
+    assert "times no kernels: --timing-cache is not used" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- plugins --------------------------------------------------------------------------------------
 
 
@@ -408,6 +418,19 @@ BAD = {
     "over the model": (["trt", "m.onnx", "--target", "sm_89", "-o", "m.onnx"], "is an input"),
     "a name of no engine": (["trt", "m.onnx", "-o", "mat.trt"], "ends in .plan or .engine"),
     "no ending": (["trt", "m.onnx", "-o", "mat"], "ends in .plan or .engine"),
+    "a model for a timing cache": (
+        ["trt", "m.onnx", "--timing-cache", "m.onnx"],
+        "'m.onnx' is no timing cache",
+    ),
+    "garbage for a timing cache": (
+        ["trt", "m.onnx", "--timing-cache", "garbage.npz"],
+        "'garbage.npz' is no timing cache",
+    ),
+    "the engine for a timing cache": (
+        ["trt", "m.onnx", "-o", "new.plan", "--timing-cache", "./new.plan"],
+        "is to be the engine's",
+    ),
+    "a folder for a timing cache": (["trt", "m.onnx", "--timing-cache", "."], "unreadable"),
     "a target of no use": (["trt", "m.onnx", "--target", "sm_75"], "got sm_75"),
     "plugins where there are none": (
         ["trt", "m.onnx", "--target", "sm_89", "--plugins", "on"],

@@ -767,23 +767,47 @@ def test_a_damaged_timing_cache_is_not_given_to_tensorrt(
 
 
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(
     ("content", "why"), [(b"garbage", "damaged"), (None, "of another TensorRT or GPU")]
 )
 def test_a_timing_cache_of_no_use_is_left_aside_with_a_note(
-    install: Install, plan: Path, tmp_path: Path, content: bytes | None, why: str
+    install: Install, plan: Path, tmp_path: Path, content: bytes | None, why: str, named: bool
 ) -> None:
+    """And replaced where nobody named it; what a user named is whatever it is."""
     install("10.13.3")
-    cache = CacheFile(tmp_path / "own.cache")
+    default = timing_cache_path(open_backend("tensorrt"), replace(ADA, name="Fake GPU"))
+    assert default is not None
+    cache = CacheFile(tmp_path / "own.cache" if named else default)
     if content is None:
         cache.save(b"another GPU's")
     else:
+        cache.path.parent.mkdir(parents=True, exist_ok=True)
         cache.path.write_bytes(content)
+    before = cache.path.read_bytes()
+    notes: list[str] = []
+    given = cache.path if named else None
+    build_engine(model_of(), plan, BuildOptions(), note=notes.append, timing_cache=given)
+    (said,) = (text for text in notes if "left aside" in text)
+    assert why in said
+    assert ("nothing is saved" in said) is named
+    if named:
+        assert cache.path.read_bytes() == before
+    else:
+        assert (cache.load() or b"").startswith(b"new timed")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_empty_timing_cache_is_as_good_as_none(
+    install: Install, plan: Path, tmp_path: Path
+) -> None:
+    install("10.13.3")
+    cache = CacheFile(tmp_path / "own.cache")
+    cache.path.touch()
     notes: list[str] = []
     build_engine(model_of(), plan, BuildOptions(), note=notes.append, timing_cache=cache.path)
-    assert any(why in text and "left aside" in text for text in notes)
-    assert cache.load() is not None
-    assert (cache.load() or b"").startswith(b"new timed")
+    assert not notes
+    assert cache.load() == b"new timed"
 
 
 @pytest.mark.usefixtures("gpu")
@@ -808,6 +832,28 @@ def test_timings_of_two_builds_at_once_are_merged(tmp_path: Path) -> None:
         file.save(b"old theirs")
     assert saved.is_set()
     assert file.load() == b"old oursold theirs"
+
+
+@pytest.mark.parametrize("meanwhile", [b"a picture", None])
+def test_what_another_program_has_written_meanwhile_is_left(
+    tmp_path: Path, meanwhile: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.worker._SAVE_SECONDS", 0.2)
+    config = make_tensorrt("10.13.3").Builder(None).create_builder_config()
+    file = CacheFile(tmp_path / "own.cache")
+    lines: list[str] = []
+    stopped = threading.Event()
+    with CacheKeeper(config, file, lambda *line: lines.append(line[1]), stopped, threading.Event()):
+        if meanwhile is None:
+            file.save(b"another GPU's")
+        else:
+            file.path.write_bytes(meanwhile)
+        before = file.path.read_bytes()
+        config.get_timing_cache().data += b" ours"
+        time.sleep(0.6)  # some saves are due
+    assert file.path.read_bytes() == before
+    assert len(lines) == 1
+    assert "left aside, and nothing is saved" in lines[0]
 
 
 def test_a_growing_timing_cache_is_saved_while_the_build_runs(
