@@ -13,6 +13,7 @@ from engines.backend.hooks import BuildHooks, monitor_of
 from engines.backend.messages import logger_of, reason_of, refusal_of
 from engines.options import BuildOptions
 from mat_export.contract import UserError
+from mat_export.files import file_digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "contiguous"]
 
-_LOADED: set[Path] = set()
-"""Plugin libraries in this process, which TensorRT takes once only."""
+_LOADED: set[tuple[Any, str]] = set()
+"""Modules and digests of plugin libraries in this process, which TensorRT takes once only,
+wherever copies of them lie."""
 
 
 class Backend:
@@ -227,16 +229,17 @@ class Backend:
         if not self.has_plugin_layers:
             raise UserError(f"{self.label} has no plugin layers")
         path = library.absolute()
-        if path in _LOADED:
-            return
         if not path.is_file():
             raise UserError(f"there is no plugin library '{library}'")
+        loaded = self.module, file_digest(path)
+        if loaded in _LOADED:
+            return
         logger = self._logger()
         if self.module.get_plugin_registry().load_library(str(path)) is None:
             raise UserError(
                 f"'{library}' is no plugin library for {self.label}: {reason_of(logger.errors)}"
             )
-        _LOADED.add(path)
+        _LOADED.add(loaded)
 
     # -- building ----------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ __all__ = [
     "cached_library",
     "check_library",
     "describe_library",
+    "kept_libraries",
     "library_for",
     "sources_digest",
 ]
@@ -203,15 +204,23 @@ def build_library(
     return _build(tools, Path(output), targets, progress)
 
 
+def kept_libraries(version: str = "") -> list[Path]:
+    """All libraries in the user's cache folder, of TensorRTs whose versions begin like this.
+
+    Raises:
+        UserError: If the user has no home folder.
+    """
+    return sorted((cache_folder() / "plugins").glob(f"libmat_plugins-trt{version}*.so"))
+
+
 def cached_library(tensorrt_major: int, capability: Capability) -> Path | None:
     """A library of today's sources in the user's cache folder that fits; None if there is none.
 
     Needs no compiler and builds nothing.
     """
-    kept = (cache_folder() / "plugins").glob(f"libmat_plugins-trt{tensorrt_major}.*.so")
     sources, target = sources_digest(), _target(capability)
     fitting: dict[Path, bool] = {}
-    for path in sorted(kept):
+    for path in kept_libraries(f"{tensorrt_major}."):
         with contextlib.suppress(UserError):
             description = describe_library(path)
             check_library(description, tensorrt_major, capability)
