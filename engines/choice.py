@@ -281,16 +281,21 @@ def _build_faster(
             "with_plugins": ours.figures(),
             "without_plugins": plain.figures(),
         }
-        manifest = {**kept.manifest}
         if plain.passed and ours.passed and None in (plain.milliseconds, ours.milliseconds):
             choice["undecided"] = True
-        if kept.verdict is not None and not kept.passed:
-            choice["missed"] = kept.verdict.words
-            manifest["parity"] = dict(kept.verdict.figures)
-        manifest["sources"] = {**kept.build.sources, "plugin_choice": choice}
-        manifest = save_engine(kept.path.read_bytes(), output, manifest)
+        manifest = save_engine(kept.path.read_bytes(), output, _manifest(kept, choice))
     progress("built", 100, 100)
     return BuildReport(output, manifest, False, time.monotonic() - started)
+
+
+def _manifest(kept: _Trial, choice: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest of the engine that was kept says; of parity, no more than a failure."""
+    manifest = {**(kept.manifest or {})}
+    if kept.verdict is not None and not kept.passed:
+        choice = {**choice, "missed": kept.verdict.words}
+        manifest["parity"] = dict(kept.verdict.figures)
+    manifest["sources"] = {**kept.build.sources, "plugin_choice": choice}
+    return manifest
 
 
 def _part(progress: Progress, trial: _Trial, start: int, percent: int) -> Progress:
