@@ -91,11 +91,12 @@ class LibraryDescription:
 def _runs_on(architecture: str, capability: Capability) -> bool:
     """Whether GPUs of this compute capability run code for an architecture."""
     kind, _, number = architecture.partition("_")
-    own = capability_of(number.rstrip("abcdefghijklmnopqrstuvwxyz"))
-    if not number[-1:].isdecimal() and not number.endswith("f"):  # 90a: what 9.0 alone has
+    letter = number.lstrip("0123456789")
+    own = capability_of(number.removesuffix(letter))
+    if letter not in ("", "f"):  # 90a: what 9.0 alone has
         return own == capability
     # Machine code runs on its generation from its GPU on, PTX on everything later.
-    later = kind == "compute" and not number.endswith("f")
+    later = kind == "compute" and not letter
     return own <= capability and (later or own[0] == capability[0])
 
 
