@@ -525,7 +525,7 @@ def test_a_precision_that_tensorrt_lacks_is_told_before_the_model_is_prepared(
     before = sorted(os.listdir(tmp_path))
     code, _, error = run(arguments[0], small_onnx, *arguments[1:])
     one_sentence(code, error)
-    assert "TensorRT 8.6.0 has no bf16; the file may be in fp16, fp32, int8, tf32" in error
+    assert "error: TensorRT 8.6.0 has no bf16; the file may be in fp16, fp32, int8, tf32" in error
     assert sorted(os.listdir(tmp_path)) == before
 
 
