@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from mat_export.runners import Runner
     from mat_torch import Checkpoint, GeneratorConfig
 
-for suffix in (".plan", ".engine"):
+ENGINE_SUFFIXES = (".plan", ".engine")
+"""Ends of an engine's name, by which every command knows it."""
+
+for suffix in ENGINE_SUFFIXES:
     register_opener(suffix, "engines.runner:EngineRunner")
 
 app = typer.Typer(
@@ -417,8 +420,14 @@ def _build(
 
     require_other(output, model, manifest_path(model))
     require_other(manifest_path(output), model, manifest_path(model))
+    _require_engine_name(output)
     require_writable(output)
+    if timing_cache is not None:
+        _require_cache(timing_cache, output)
     found = open_backend(options.backend, target=options.target)
+    found.check_precision(precision.value)
+    if timing_cache is not None and not found.has_timing_cache:
+        note(f"{found.label} times no kernels: --timing-cache is not used")
     loaded = load_onnx(model)
     with tracker("plugins") as progress:
         library, why = find_library(
@@ -469,6 +478,12 @@ def _build(
             f"{', with plugins' if report.plugins else ''}{layers}, {report.bytes / 1e6:.1f} MB, "
             f"{report.seconds:.1f} s"
         )
+    if report.missed is not None:
+        note(
+            f"{report.missed}: {output} is there, but neither it nor the one with plugins passes "
+            f"against '{model}'; try another precision"
+        )
+        raise typer.Exit(1)
     note(f"prove it: mat-export parity {output}")
 
 
@@ -519,6 +534,7 @@ def refit(
 
     target = output or plan
     require_other(target, checkpoint)
+    _require_engine_name(target)
     require_writable(target)
     opened = open_plan(plan)
     passes = opened.manifest["sources"].get("passes", {})
@@ -667,7 +683,9 @@ def debug(
     if backend is not TrialName.onnxruntime:
         from engines.backend import open_backend
 
-        opset = open_backend(backend.value).opset
+        chosen = open_backend(backend.value)
+        chosen.check_precision(precision.value)
+        opset = chosen.opset
     loaded = load_onnx(model)
     graph = prepare_model(loaded, precision.value, opset=opset, label=f"'{model}'")
     reference = prepare_model(loaded, "fp32", opset=opset, label=f"'{model}'")
@@ -1188,6 +1206,28 @@ def _exported(model: Path) -> Path:
     return model
 
 
+def _require_engine_name(output: Path) -> None:
+    """Raise UserError unless other commands know a file of this name for an engine."""
+    from mat_export.contract import UserError
+
+    if output.suffix.lower() not in ENGINE_SUFFIXES:
+        raise UserError(
+            f"the name of an engine ends in {' or '.join(ENGINE_SUFFIXES)}, by which other "
+            f"commands know it, got '{output}'"
+        )
+
+
+def _require_cache(path: Path, output: Path) -> None:
+    """Raise UserError unless kernel timings may be saved to a file."""
+    from engines.worker import CacheFile
+    from mat_export.contract import UserError
+    from mat_export.manifest import manifest_path
+
+    if path.absolute() in (output.absolute(), manifest_path(output).absolute()):
+        raise UserError(f"'{path}' is to be the engine's: name another file with --timing-cache")
+    CacheFile(path).require_cache()
+
+
 def _batch(text: str) -> int | None:
     """``dynamic`` or a number of images."""
     from mat_export.contract import UserError
@@ -1270,13 +1310,13 @@ def _record_parity(path: Path, result: ParityReport) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one sentence and exit code 2."""
-    from mat_export.contract import UserError
+    """Run the command line; a user's mistake, or a model that fails, is one sentence and code 2."""
+    from mat_export.contract import RunError, UserError
     from mat_torch.config import ConfigError
 
     try:
         app()
-    except (UserError, ConfigError) as error:
+    except (UserError, ConfigError, RunError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "onnxscript", "onnx_ir"):

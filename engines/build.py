@@ -74,6 +74,13 @@ class BuildReport:
         return self.manifest["sources"].get("plugin") is not None
 
     @property
+    def missed(self) -> str | None:
+        """What of parity the engine failed where `engines.choice` checked it; None if nothing."""
+        choice: dict[str, Any] = self.manifest["sources"].get("plugin_choice", {})
+        missed: str | None = choice.get("missed")
+        return missed
+
+    @property
     def layers(self) -> dict[str, Any] | None:
         """Figures of the layers (`engines.layers`); None where no GPU could tell them."""
         return self.manifest.get("layers")
@@ -135,8 +142,8 @@ def build_engine(
         progress: Hears how far the build is.
         note: Called with lines about the work: warnings of TensorRT's, each kind once.
         force: Build even if the same request built it before.
-        timing_cache: Where kernel timings are kept. By default a file of the user's cache folder
-            for each TensorRT and GPU.
+        timing_cache: Where kernel timings are kept; a file that holds something else is left as it
+            is. By default a file of the user's cache folder for each TensorRT and GPU.
 
     Raises:
         UserError: If the file is not ours, the backend or GPU cannot do what is asked, the parser
@@ -253,6 +260,7 @@ def run_build(
             options=build.options,
             profiles=build.request["profiles"],
             cache=cache if build.backend.has_timing_cache else None,
+            own_cache=timing_cache is None,
             inspect=_can_inspect(build.options, build.gpu),
             plugin=None if plugin is None else Path(plugin["path"]),
         ),

@@ -28,15 +28,14 @@ from engines.build import (
     find_built,
     run_build,
 )
-from engines.cuda import CudaError
 from engines.options import BuildOptions, Size
 from engines.papers import open_plan, save_engine
 from engines.plugins.library import check_library, describe_library, library_for
 from engines.process import temporary_folder
 from engines.profiles import ranges_of
-from engines.runtime import Engine, EngineError
+from engines.runtime import Engine
 from engines.timing import time_engines
-from mat_export.contract import GraphSpec, UserError
+from mat_export.contract import GraphSpec, RunError, UserError
 from mat_export.files import file_digest
 
 __all__ = ["Contest", "Verdict", "build_chosen", "find_library"]
@@ -45,7 +44,7 @@ Prepare = Callable[[bool], tuple[bytes, dict[str, Any]]]
 """The graph that calls the plugins, or holds functions, as a file, and its sources (see
 `engines.build.check_build`)."""
 
-_TRIAL_ERRORS = (UserError, CudaError, EngineError)
+_TRIAL_ERRORS = (UserError, RunError)
 """What an engine may fail with when it is run."""
 
 
@@ -141,7 +140,9 @@ def build_chosen(
     """Build an engine with plugins, without, or whichever of the two is faster.
 
     The manifest's ``sources`` say what became of it: ``plugin`` is the library that the engine
-    calls, and ``plugin_choice`` has the reason and, of a contest, both times and parities.
+    calls, and ``plugin_choice`` has the reason and, of a contest, both times and parities; with
+    ``missed``, what the engine that was kept failed in, and with ``undecided``, that the contest is
+    to be held again.
 
     Args:
         prepare: Makes the graph.
@@ -228,7 +229,8 @@ class _Trial:
 
     def __str__(self) -> str:
         measured = "not timed" if self.milliseconds is None else f"{self.milliseconds:.2f} ms"
-        return f"{self.name}: {measured}, {self.verdict.words if self.verdict else self.problem}"
+        said = "" if self.verdict is None else self.verdict.words
+        return f"{self.name}: {measured}, {'; '.join(filter(None, (said, self.problem)))}"
 
 
 def _build_faster(
@@ -253,6 +255,9 @@ def _build_faster(
             check_build(model, output, options, sources=sources, weighed=papers["sha256"])
         )
     found = None if force else find_built(output, builds, note)
+    if found is not None and "undecided" in found["sources"].get("plugin_choice", {}):
+        note("building anew, since the last contest with plugins was not decided")
+        found = None
     if found is not None:
         return BuildReport(output, found, True, time.monotonic() - started)
     note("building twice, without plugins and with them (--plugins on or off builds once)")
@@ -269,17 +274,28 @@ def _build_faster(
         if kept.manifest is None:
             raise UserError(kept.problem)
         note(f"kept the engine {kept.name}: {why}")
-        choice = {
+        choice: dict[str, Any] = {
             "asked": options.plugins,
             "why": why,
             "library": papers,
             "with_plugins": ours.figures(),
             "without_plugins": plain.figures(),
         }
-        manifest = {**kept.manifest, "sources": {**kept.build.sources, "plugin_choice": choice}}
-        manifest = save_engine(kept.path.read_bytes(), output, manifest)
+        if plain.passed and ours.passed and None in (plain.milliseconds, ours.milliseconds):
+            choice["undecided"] = True
+        manifest = save_engine(kept.path.read_bytes(), output, _manifest(kept, choice))
     progress("built", 100, 100)
     return BuildReport(output, manifest, False, time.monotonic() - started)
+
+
+def _manifest(kept: _Trial, choice: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest of the engine that was kept says; of parity, no more than a failure."""
+    manifest = {**(kept.manifest or {})}
+    if kept.verdict is not None and not kept.passed:
+        choice = {**choice, "missed": kept.verdict.words}
+        manifest["parity"] = dict(kept.verdict.figures)
+    manifest["sources"] = {**kept.build.sources, "plugin_choice": choice}
+    return manifest
 
 
 def _part(progress: Progress, trial: _Trial, start: int, percent: int) -> Progress:
@@ -342,7 +358,7 @@ def _choose(plain: _Trial, ours: _Trial) -> tuple[_Trial, str]:
         return plain, f"the one with plugins does not pass: {_reason(ours)}"
     if ours.passed:
         return ours, f"the one without plugins does not pass: {_reason(plain)}"
-    return plain, "parity of neither is proven"
+    return plain, f"parity of neither is proven: {_reason(plain)}"
 
 
 def _reason(trial: _Trial) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engines import cuda
 from engines.arrays import DeviceArray
 from engines.layout import EngineTensor, Layout, Request, Shape, Source
-from mat_export.contract import UserError
+from mat_export.contract import RunError, UserError
 
 if TYPE_CHECKING:
     from engines.backend import Backend
@@ -25,12 +25,17 @@ __all__ = ["Context", "EngineError", "Pool"]
 _B = TypeVar("_B", cuda.DeviceBuffer, cuda.PinnedBuffer)
 
 
-class EngineError(RuntimeError):
-    """TensorRT refused a call that should have worked; what it logged says why."""
+class EngineError(RunError):
+    """TensorRT refused a call that should have worked; the message has what it logged."""
 
 
 class Context:
     """An execution context with its stream, buffers and graph; one caller at a time.
+
+    Args:
+        context: TensorRT's.
+        layout: The engine's inputs and outputs.
+        reason: Gives what TensorRT logged last, for messages.
 
     Attributes:
         request: The state it is in; None if that is not known.
@@ -40,9 +45,10 @@ class Context:
         repeats: Runs without a graph since it came into that state.
     """
 
-    def __init__(self, context: Any, layout: Layout) -> None:
+    def __init__(self, context: Any, layout: Layout, reason: Callable[[], str]) -> None:
         self._context = context
         self._layout = layout
+        self._reason = reason
         self.stream = cuda.Stream()
         self.buffers: dict[str, cuda.DeviceBuffer] = {}
         self.request: Request | None = None
@@ -86,7 +92,7 @@ class Context:
             if -1 in tensor.shape and not self._context.set_input_shape(tensor.name, shape):
                 raise EngineError(
                     f"TensorRT refused shape {list(shape)} for '{tensor.name}', which is within "
-                    f"profile {request.profile}"
+                    f"profile {request.profile}: {self._reason()}"
                 )
         outputs = self._infer()
         if outputs is None:
@@ -120,7 +126,9 @@ class Context:
             shape = next(shapes[tensor.mode == "output"])
             address = self._buffer(tensor, shape) if pointer is None else pointer
             if not self._context.set_tensor_address(tensor.name, address):
-                raise EngineError(f"TensorRT refused an address for '{tensor.name}'")
+                raise EngineError(
+                    f"TensorRT refused an address for '{tensor.name}': {self._reason()}"
+                )
         self.request = request
 
     def is_new(self, shapes: tuple[Shape, ...]) -> bool:
@@ -229,7 +237,7 @@ class Context:
 
     def _enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
-            raise EngineError("TensorRT refused to run the engine")
+            raise EngineError(f"TensorRT refused to run the engine: {self._reason()}")
 
     def close(self) -> None:
         """Wait for its work and release it and all it owns."""
@@ -314,7 +322,10 @@ class Pool:
                 self._stop_sharing()
                 continue
             if not self._opening and not any(other.busy for other in self._contexts):
-                raise EngineError(f"TensorRT refused optimization profile {request.profile}")
+                raise EngineError(
+                    f"TensorRT refused optimization profile {request.profile}: "
+                    f"{self._backend.last_errors()}"
+                )
             self._changed.wait()
 
     def _best(self, request: Request) -> Context | None:
@@ -383,7 +394,8 @@ class Pool:
     def _new(self) -> Context:
         needed, free = self._backend.context_memory(self._engine), cuda.free_memory()
         try:
-            return Context(self._backend.create_context(self._engine), self._layout)
+            context = self._backend.create_context(self._engine)
+            return Context(context, self._layout, self._backend.last_errors)
         except UserError as error:
             raise UserError(
                 f"{error} (an execution context needs {needed / cuda.MIB:.1f} MiB of GPU memory "

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mat_export.contract import UserError
+from mat_export.contract import RunError, UserError
 
 __all__ = [
     "CudaError",
@@ -61,7 +61,7 @@ _UNUSABLE = {
 """CUDA error codes that say there is no GPU to work with, and what to do about each."""
 
 
-class CudaError(RuntimeError):
+class CudaError(RunError):
     """A CUDA call failed, and not for a reason that the user can put right.
 
     Attributes:

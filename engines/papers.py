@@ -6,7 +6,9 @@ ONNX file, which options, TensorRT and GPU made it, and whether it proved equal 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -20,7 +22,7 @@ from typing import Any
 from engines.backend import Backend, find_gpu, open_backend
 from engines.backend.gpu import AMPERE, capability_text
 from engines.options import BACKENDS, BuildOptions, capability_of
-from engines.plugins.library import check_library, describe_library
+from engines.plugins.library import check_library, describe_library, kept_libraries
 from engines.profiles import Profiles
 from mat_export.contract import GraphSpec, UserError
 from mat_export.files import atomic_path, atomic_write, file_digest
@@ -239,6 +241,9 @@ def _wrong_entries(manifest: dict[str, Any]) -> Iterator[str]:
             _gpu_of(request)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         yield f"request or graph: {error}"
+    for name in ("passes", "plugin_choice"):
+        if not isinstance(manifest["sources"].get(name, {}), dict):
+            yield f"sources.{name}"
     plugin = manifest["sources"].get("plugin")
     if plugin is not None and not (
         isinstance(plugin, dict)
@@ -267,21 +272,44 @@ def _gpu_of(request: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
 
 
 def _checked_plugin(path: Path, manifest: Mapping[str, Any], again: str) -> Path | None:
-    """The plugin library an engine needs, if any. Raises UserError if it is not there as it was."""
+    """The plugin library an engine needs, if any: where it was, beside the engine, or in the cache.
+
+    Raises:
+        UserError: If it is in none of these places as it was.
+    """
     plugin = manifest["sources"].get("plugin")
     if plugin is None:
         return None
-    library = Path(plugin["path"])
-    if not library.is_file():
+    known = Path(plugin["path"])
+    places = list(dict.fromkeys((known, path.absolute().parent / known.name)))
+    for place in itertools.chain(places, _libraries_in_cache()):
+        if _digest_if_any(place) == plugin["sha256"]:
+            return place
+    names = " and ".join(f"'{place}'" for place in places)
+    looked = f"looked for as {names} and in the cache"
+    other = next((place for place in places if _digest_if_any(place)), None)
+    if other is not None:
         raise UserError(
-            f"'{path}' needs the plugin library '{library}', which is not there: bring it, or "
+            f"'{path}' was built with another plugin library than '{other}' is now ({looked}); "
             f"{again}"
         )
-    if file_digest(library) != plugin["sha256"]:
-        raise UserError(
-            f"'{path}' was built with another plugin library than '{library}' is now; {again}"
-        )
-    return library
+    raise UserError(
+        f"'{path}' needs the plugin library '{known.name}' ({looked}), which is not there: bring "
+        f"it, or {again}"
+    )
+
+
+def _libraries_in_cache() -> Iterator[Path]:
+    with contextlib.suppress(UserError):  # no home folder, no cache
+        yield from kept_libraries()
+
+
+def _digest_if_any(path: Path) -> str:
+    """SHA-256 of a file; empty if it is not there or unreadable."""
+    try:
+        return file_digest(path) if path.is_file() else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def _check_version(

@@ -93,8 +93,9 @@ def run_worker(
         try:
             (folder / worker.MODEL).write_bytes(model)
             (folder / worker.REQUEST).write_text(request.to_json(), encoding="utf-8")
+            (folder / "stderr").touch()
         except OSError as error:
-            raise _no_room(error) from error
+            raise worker.no_room(folder.parent, error) from error
         with (folder / "stderr").open("wb") as errors, _worker(folder, errors) as child:
             outcome = _listen(child, progress, log)
         if "refused" in outcome:
@@ -110,18 +111,12 @@ def temporary_folder() -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix="mat-export-"))
     except OSError as error:
-        raise _no_room(error) from error
+        # Where no place takes a file, Python has not chosen one, and asking it again raises.
+        raise worker.no_room(tempfile.tempdir, error) from error
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _no_room(error: OSError) -> UserError:
-    return UserError(
-        f"cannot write temporary files to '{tempfile.gettempdir()}' ({error.strerror}): "
-        "set TMPDIR to a folder with room for the model and the engine"
-    )
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ class Engine(Closing):
         Raises:
             UserError: If an input is missing, unknown or of the wrong type, its shape is none that
                 the engine was built for, or memory is too small.
+            RunError: If TensorRT or CUDA fails, with the reason.
             RuntimeError: If the engine was closed.
         """
         sources: dict[str, Source] = {

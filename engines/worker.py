@@ -28,7 +28,7 @@ from engines.profiles import Profiles
 from mat_export.contract import UserError
 from mat_export.files import atomic_write
 
-__all__ = ["CacheFile", "CacheKeeper", "Percentage", "Request", "main"]
+__all__ = ["CacheFile", "CacheKeeper", "Percentage", "Request", "main", "no_room"]
 
 MODEL, REQUEST, PLAN = "model.onnx", "request.json", "engine.plan"
 """Names of the files in the folder."""
@@ -56,6 +56,7 @@ class Request:
         options: Checked, with backend and target resolved.
         profiles: Shapes of every dynamic input.
         cache: The timing cache's file, or None to keep none.
+        own_cache: The file is of our cache folder: what is no timing cache in it is replaced.
         inspect: Load the plan on this machine's GPU when it is built, and tell its layers.
         plugin: The library of the operators that the model calls, or None.
     """
@@ -65,6 +66,7 @@ class Request:
     cache: Path | None
     inspect: bool
     plugin: Path | None = None
+    own_cache: bool = False
 
     def to_json(self) -> str:
         """Text that from_json reads back."""
@@ -75,6 +77,7 @@ class Request:
                 "cache": None if self.cache is None else str(self.cache),
                 "inspect": self.inspect,
                 "plugin": None if self.plugin is None else str(self.plugin),
+                "own_cache": self.own_cache,
             }
         )
 
@@ -91,6 +94,7 @@ class Request:
             cache=None if entries["cache"] is None else Path(entries["cache"]),
             inspect=entries["inspect"],
             plugin=None if entries["plugin"] is None else Path(entries["plugin"]),
+            own_cache=entries["own_cache"],
         )
 
 
@@ -135,7 +139,7 @@ def _build(folder: Path, events: _Events, state: _State) -> dict[str, Any]:
     def log(severity: str, text: str) -> None:
         events.tell(log=[severity, text])
 
-    cache = None if request.cache is None else CacheFile(request.cache)
+    cache = None if request.cache is None else CacheFile(request.cache, own=request.own_cache)
     hooks = BuildHooks(
         log=log,
         progress=progress,
@@ -146,9 +150,21 @@ def _build(folder: Path, events: _Events, state: _State) -> dict[str, Any]:
     )
     model = (folder / MODEL).read_bytes()
     plan = backend.build(model, request.options, request.profiles, hooks)
-    (folder / PLAN).write_bytes(plan)
+    try:
+        (folder / PLAN).write_bytes(plan)
+    except OSError as error:
+        raise no_room(folder.parent, error) from error
     progress.complete()
     return _inspect(backend, plan, request, log) if request.inspect else {}
+
+
+def no_room(folder: Path | str | None, error: OSError) -> UserError:
+    """What to raise where temporary files cannot be written; None is no folder at all."""
+    where = "" if folder is None else f" to '{folder}'"
+    return UserError(
+        f"cannot write temporary files{where} ({error.strerror}): "
+        "set TMPDIR to a folder with room for the model and the engine"
+    )
 
 
 def _inspect(
@@ -282,12 +298,25 @@ class CacheFile:
 
     Args:
         path: The file; its folder is made when it is first saved.
+        own: It is of our cache folder, and nobody misses what is in it.
     """
 
     _MAGIC = b"mat-export timing cache 1\n"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, own: bool = False) -> None:
         self.path = path
+        self.own = own
+
+    def read(self) -> bytes | None:
+        """All of the file, or None if it is not there. Raises UserError if it is unreadable."""
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(
+                f"the timing cache '{self.path}' is unreadable: {error.strerror}"
+            ) from error
 
     def load(self) -> bytes | None:
         """The cache, or None if there is none.
@@ -295,18 +324,23 @@ class CacheFile:
         Raises:
             UserError: If the file is no timing cache, or damaged.
         """
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UserError(
-                f"the timing cache '{self.path}' is unreadable: {error.strerror}"
-            ) from error
+        data = self.read()
+        return None if data is None else self._unpacked(data)
+
+    def require_cache(self) -> None:
+        """Raise UserError if there is something else, which will not be replaced."""
+        data = self.read()
+        if data:
+            self._unpacked(data)
+
+    def _unpacked(self, data: bytes) -> bytes:
         start = len(self._MAGIC)
         digest, cache = data[start : start + 32], data[start + 32 :]
         if not data.startswith(self._MAGIC) or hashlib.sha256(cache).digest() != digest:
-            raise UserError(f"the timing cache '{self.path}' is damaged")
+            raise UserError(
+                f"'{self.path}' is no timing cache of mat-export, or a damaged one: name another "
+                "file, which need not be there yet"
+            )
         return cache
 
     def save(self, cache: bytes) -> None:
@@ -317,6 +351,9 @@ class CacheFile:
 
 class CacheKeeper:
     """Gives a build the timing cache, and saves it as it grows from a thread of its own.
+
+    A file that this TensorRT did not take for its timing cache is never replaced, unless it is
+    empty or of our cache folder.
 
     Args:
         config: The builder configuration.
@@ -337,6 +374,8 @@ class CacheKeeper:
         self._config, self._file, self._log = config, file, log
         self._cancelled, self._saved = cancelled, saved
         self._known: bytes | None = None
+        self._found: bytes | None = None
+        self._saves = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -344,7 +383,7 @@ class CacheKeeper:
         self._known = self._load()
         cache = self._config.create_timing_cache(self._known or b"")
         if self._known and (not cache or not self._config.set_timing_cache(cache, False)):
-            self._log("warning", "the timing cache is of another TensorRT or GPU: left aside")
+            self._leave_aside("the timing cache is of another TensorRT or GPU")
             self._known = None
             cache = self._config.create_timing_cache(b"")
         self._config.set_timing_cache(cache, False)
@@ -360,20 +399,41 @@ class CacheKeeper:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        latest = self._load()
-        if latest and latest != self._known:  # another build has saved meanwhile
-            other = self._config.create_timing_cache(latest)
-            if other:
-                self._config.get_timing_cache().combine(other, False)
+        if self._saves and self._has_changed():
+            self._merge()
         self._save()
         self._saved.set()
 
     def _load(self) -> bytes | None:
+        """The cache as it is in the file now; None if there is none to use."""
         try:
-            return self._file.load()
+            self._found = None
+            self._found = self._file.read()
+            return self._file.load() if self._found else None
         except UserError as error:
-            self._log("warning", f"{error}: left aside")
+            self._leave_aside(str(error))
             return None
+
+    def _leave_aside(self, why: str) -> None:
+        """Go on without what the file holds."""
+        self._saves = self._file.own
+        self._log("warning", f"{why}: left aside{'' if self._saves else ', and nothing is saved'}")
+
+    def _has_changed(self) -> bool:
+        """Whether another build has saved meanwhile."""
+        try:
+            return self._file.read() != self._found
+        except UserError:
+            return True
+
+    def _merge(self) -> None:
+        """Add what another build has saved."""
+        latest = self._load()
+        if latest is None:
+            return
+        other = self._config.create_timing_cache(latest)
+        if not other or not self._config.get_timing_cache().combine(other, False):
+            self._leave_aside("another build has saved a timing cache of another TensorRT or GPU")
 
     def _watch(self) -> None:
         waited = 0.0
@@ -389,11 +449,13 @@ class CacheKeeper:
 
     def _save(self) -> None:
         data = bytes(self._config.get_timing_cache().serialize())
-        if data == self._known:
+        if not self._saves or data == self._known:
+            return
+        if self._has_changed():  # both are merged when the build is done
             return
         try:
             self._file.save(data)
-            self._known = data
+            self._known, self._found = data, self._file.read()
         except (OSError, UserError) as error:
             self._log("warning", f"the timing cache is not saved: {error}")
 

@@ -26,6 +26,7 @@ __all__ = [
     "STATE_PREFIX",
     "Closing",
     "GraphSpec",
+    "RunError",
     "TensorSpec",
     "UserError",
     "axes_of_size",
@@ -82,6 +83,13 @@ class UserError(Exception):
     """Something the user can put right: one sentence that says what was got and what to do.
 
     The command line prints it and exits with 2; it never shows a traceback.
+    """
+
+
+class RunError(RuntimeError):
+    """A model that was open did not run, by no mistake of the user's: one sentence that says why.
+
+    The command line shows it as it does a UserError.
     """
 
 

@@ -124,26 +124,44 @@ def _describe_build(entries: dict[str, Any]) -> Facts:
     """What an engine's manifest says besides its graph."""
     if entries.get("kind") != "engine":
         return {}
-    request, facts = entries.get("request") or {}, {}
+    request, facts = _part(entries, "request"), {}
     facts["built by"] = f"{request.get('backend')} {request.get('version')}"
-    options = request.get("options") or {}
-    gpu = (entries.get("gpu") or {}).get("name") if options.get("target") is None else None
+    options = _part(request, "options")
+    gpu = _part(entries, "gpu").get("name") if options.get("target") is None else None
     facts["for"] = str(options.get("target") or gpu or "several GPUs")
-    if entries.get("layers"):
-        layers = entries["layers"]
-        kinds = ", ".join(f"{name} ×{n}" for name, n in layers.get("by_precision", {}).items())
+    layers = _part(entries, "layers")
+    if layers:
+        kinds = ", ".join(f"{name} ×{n}" for name, n in _part(layers, "by_precision").items())
         facts["layers"] = f"{layers.get('layers')} ({kinds})"
-    facts["plugins"] = _describe_plugins(entries.get("sources") or {})
-    parity = entries.get("parity")
-    words = "not checked" if parity is None else "passed" if parity.get("passed") else "FAILED"
-    return {**facts, "parity": words, "command": " ".join(map(str, entries.get("command", [])))}
+    facts["plugins"] = _describe_plugins(_part(entries, "sources"))
+    passed = _part(entries, "parity").get("passed", False)
+    words = "not checked" if entries.get("parity") is None else "passed" if passed else "FAILED"
+    command = entries.get("command", [])
+    _require(isinstance(command, list), "command", command)
+    return {**facts, "parity": words, "command": " ".join(map(str, command))}
 
 
 def _describe_plugins(sources: dict[str, Any]) -> str:
     """The plugin library that an engine calls, and why it does or does not."""
-    library = (sources.get("plugin") or {}).get("path", "none")
-    why = (sources.get("plugin_choice") or {}).get("why")
+    library = _part(sources, "plugin").get("path", "none")
+    why = _part(sources, "plugin_choice").get("why")
     return str(library) if not why else f"{library} ({why})"
+
+
+def _part(entries: dict[str, Any], name: str) -> dict[str, Any]:
+    """The entries under a name; none where there are none."""
+    part = entries.get(name)
+    _require(part is None or isinstance(part, dict), name, part)
+    return part or {}
+
+
+def _require(good: bool, name: str, value: Any) -> None:
+    """Raise UserError unless an entry of an engine's manifest is of its form."""
+    if not good:
+        raise UserError(
+            f"the manifest is damaged ('{name}' is {str(value)[:40]!r}): build the engine again "
+            "with 'mat-export trt'"
+        )
 
 
 def _pictures() -> set[str]:

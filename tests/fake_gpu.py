@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from fake_tensorrt import make_tensorrt
 from numpy.typing import NDArray
 
 from engines.backend import Backend
@@ -774,7 +775,7 @@ class FakeBackend(Backend):
     def __init__(
         self, engine: FakeEngine, *, most: int | None = None, context_bytes: int = 1 << 20
     ) -> None:
-        super().__init__(SimpleNamespace(__version__="8.6.0"))
+        super().__init__(make_tensorrt("8.6.0"))
         self.engine = engine
         self.most = most
         self.context_bytes = context_bytes

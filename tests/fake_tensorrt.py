@@ -30,7 +30,8 @@ def make_tensorrt(version: str, behaviour: str = "builds") -> ModuleType:
         version: Such as ``10.13.3.9``.
         behaviour: What a build does: ``builds``, ``fails`` (with an error), ``memory`` (likewise),
             ``crashes``, ``killed``, ``hangs``, ``stuck`` (hangs and lets no thread run), ``hangs
-            at exit``, ``raises``; or else ``refuses`` (the parser does) or ``no GPU``.
+            at exit``, ``raises``, ``fills the disk``; or else ``refuses`` (the parser does) or
+            ``no GPU``.
     """
     numbers = tuple(int(n) for n in version.split(".")[:2])
     module = ModuleType("tensorrt")
@@ -289,6 +290,11 @@ def _act(behaviour: str, logger: Any, severity: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif behaviour == "stuck":
         ctypes.PyDLL(None).sleep(600)  # and Python's lock with it: no thread of ours can run
+    elif behaviour == "fills the disk":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))  # no file takes a byte from now on
     elif behaviour == "raises":
         raise AttributeError("no such method")
     elif behaviour == "hangs at exit":

@@ -7,19 +7,23 @@ import importlib.util
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
+from fake_tensorrt import GPU
 from test_cli import Run, one_sentence, run
 from test_engine_build import Install, gpu, install
 from test_engine_refit import opened
 
 import cli
+from engines.cuda import CudaError
 from engines.papers import OpenedPlan, save_engine
 from engines.plugins.library import LibraryDescription
+from engines.runtime import EngineError
 from mat_export.contract import UserError
 from mat_export.engine_graph import prepare_engine_graph, spec_of
 from mat_export.files import file_digest
@@ -89,6 +93,16 @@ def test_trt_builds_every_precision(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mat.plan", "mat.plan.json"]
 
 
+def test_rtx_says_that_it_has_no_use_for_a_timing_cache(
+    run: Run, plan: Path, tmp_path: Path
+) -> None:
+    command = json.loads(Path(f"{plan}.json").read_text())["command"]
+    code, _, error = run(*command[1:], "--timing-cache", tmp_path / "new.cache")
+    assert code == 0, error
+    assert "times no kernels: --timing-cache is not used" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- plugins --------------------------------------------------------------------------------------
 
 
@@ -145,6 +159,29 @@ def test_trt_keeps_the_faster_engine_and_builds_it_once(
     code, _, error = run("bench", out)
     one_sentence(code, error)
     assert "bring it, or build it again: mat-export trt" in error
+
+
+def test_trt_exits_with_1_where_no_engine_passes_parity(
+    run: Run, tiny_onnx: Path, tmp_path: Path, plugin_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_quickly(plan: Path, model: Path, *_: Any, **__: Any) -> ParityReport:
+        error = RegionError(9, 1.0, 2.0, 3.1)
+        failures = ("PSNR in the hole 3.1 dB, below 40",)
+        case = CaseResult("one-window", error, error, True, True, 0, (), failures)
+        return ParityReport(plan.name, model.name, "fp16", BARS["fp16"], (case,))
+
+    monkeypatch.setattr("mat_export.quick_parity.check_quickly", check_quickly)
+    out = tmp_path / "mat.plan"
+    for words in ("wrote", "nothing to do"):
+        code, _, error = run("trt", tiny_onnx, "--plugin-library", plugin_machine, "-o", out)
+        assert code == 1, error
+        assert words in error
+        assert error.splitlines()[-1].startswith("parity FAILED, one-window: PSNR in the hole 3.1")
+    assert "prove it" not in error
+    assert not json.loads(Path(f"{out}.json").read_text())["parity"]["passed"]
+    code, facts, _ = run("info", out)
+    assert code == 0
+    assert "FAILED" in facts
 
 
 def test_trt_with_plugins_on_builds_the_graph_that_calls_them(
@@ -265,6 +302,53 @@ def test_lower_names_its_file_and_does_not_write_over_its_model(
     code, _, error = run("lower", model, "--precision", "bf16")
     assert code == 0, error
     assert (tmp_path / "mat-bf16.onnx").is_file()
+
+
+# -- damaged papers -------------------------------------------------------------------------------
+
+
+def damage(plan: Path, entry: str, value: Any) -> None:
+    """Give an entry of a plan's manifest, named with dots, another value."""
+    own = Path(f"{plan}.json")
+    manifest = json.loads(own.read_text())
+    *parents, last = entry.split(".")
+    part = manifest
+    for name in parents:
+        part = part.setdefault(name, {})
+    part[last] = value
+    own.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("value", ["passed", 3, [1], True])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *("request", "request.options", "gpu", "layers", "layers.by_precision", "parity"),
+        *("sources", "sources.plugin", "sources.plugin_choice", "graph", "command", "versions"),
+    ],
+)
+def test_info_of_a_damaged_manifest_is_a_sentence(
+    run: Run, opened: OpenedPlan, entry: str, value: Any
+) -> None:
+    damage(opened.path, entry, value)
+    for file in (opened.path, Path(f"{opened.path}.json")):
+        code, facts, error = run("info", file)
+        if entry == "command" and isinstance(value, list):
+            assert code == 0, error
+            assert "command" in facts
+        else:
+            one_sentence(code, error)
+
+
+def test_refit_of_an_engine_with_damaged_papers_is_a_sentence(
+    run: Run, opened: OpenedPlan, small_onnx: Path
+) -> None:
+    before = opened.path.read_bytes()
+    damage(opened.path, "sources.passes", None)
+    code, _, error = run("refit", opened.path, "--checkpoint", small_onnx)
+    one_sentence(code, error)
+    assert "is damaged (sources.passes)" in error
+    assert opened.path.read_bytes() == before
 
 
 # -- refit, debug and the rest --------------------------------------------------------------------
@@ -404,12 +488,32 @@ def test_a_recording_stands_for_the_reference(run: Run, small_onnx: Path, tmp_pa
     assert "recording" in out
 
 
-def test_doctor_tells_of_every_backend(run: Run) -> None:
-    code, out, _ = run("doctor")
-    assert code == 0
-    assert "GPU for engines" in out
-    assert "tensorrt-rtx" in out
-    assert "mat-export[trt]" in "".join(out.split()) or "works" in out
+def test_doctor_tells_of_every_backend(
+    run: Run, install: Install, gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str) -> str:
+        """What is said of one thing, in a line."""
+        code, out, _ = run("doctor")
+        assert code == 0, out
+        lines = out.splitlines()
+        cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+        (start,) = (i for i, line in enumerate(cells) if line[0] == name)
+        more = next((i for i in range(start + 1, len(cells)) if cells[i][0]), len(cells))
+        return " ".join(" ".join(line[1:]).strip() for line in cells[start:more])
+
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    install("10.13.3")
+    assert row("GPU for engines").startswith("works Fake GPU, compute capability 8.6")
+    said = row("tensorrt")
+    assert said.startswith("works 10.13.3: bf16, fp16, fp32, int8, tf32, ONNX opset 22")
+    assert "runs on this GPU" in said
+    assert row("tensorrt-rtx") == "absent not installed: pip install 'mat-export[rtx]'"
+    monkeypatch.setitem(GPU, "capability", (12, 0))
+    install("8.6.0")
+    assert row("tensorrt").startswith("absent 8.6.0: ")
+    assert "does not run on this machine" in row("tensorrt")
+    install(None)
+    assert row("tensorrt") == "absent not installed: pip install 'mat-export[trt]'"
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -426,6 +530,22 @@ BAD = {
     "level": (["trt", "m.onnx", "--level", "9"], "0 to 5"),
     "no folder": (["trt", "m.onnx", "--target", "sm_89", "-o", "nowhere/x.plan"], "nowhere"),
     "over the model": (["trt", "m.onnx", "--target", "sm_89", "-o", "m.onnx"], "is an input"),
+    "a name of no engine": (["trt", "m.onnx", "-o", "mat.trt"], "ends in .plan or .engine"),
+    "no ending": (["trt", "m.onnx", "-o", "mat"], "ends in .plan or .engine"),
+    "a model for a timing cache": (
+        ["trt", "m.onnx", "--timing-cache", "m.onnx"],
+        "'m.onnx' is no timing cache",
+    ),
+    "garbage for a timing cache": (
+        ["trt", "m.onnx", "--timing-cache", "garbage.npz"],
+        "'garbage.npz' is no timing cache",
+    ),
+    "the engine for a timing cache": (
+        ["trt", "m.onnx", "-o", "new.plan", "--timing-cache", "./new.plan"],
+        "is to be the engine's",
+    ),
+    "a folder for a timing cache": (["trt", "m.onnx", "--timing-cache", "."], "unreadable"),
+    "a target of no use": (["trt", "m.onnx", "--target", "sm_75"], "got sm_75"),
     "plugins where there are none": (
         ["trt", "m.onnx", "--target", "sm_89", "--plugins", "on"],
         "no plugin layers",
@@ -456,6 +576,10 @@ BAD = {
     "refit onto its weights": (
         ["refit", "bare.plan", "--checkpoint", "m.onnx", "-o", "m.onnx"],
         "is an input",
+    ),
+    "refit to a name of no engine": (
+        ["refit", "bare.plan", "--checkpoint", "m.onnx", "-o", "new.trt"],
+        "ends in .plan or .engine",
     ),
     "debug of nothing": (["debug", "absent.onnx"], "absent.onnx"),
     "debug without TensorRT": (["debug", "m.onnx", "--backend", "tensorrt"], "mat-export[trt]"),
@@ -494,9 +618,55 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_an_engine_for_another_gpu_says_so(run: Run, plan: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trt", "--bf16", "-o", "mat.plan"],
+        ["debug", "--backend", "tensorrt", "--precision", "bf16"],
+    ],
+)
+def test_a_precision_that_tensorrt_lacks_is_told_before_the_model_is_prepared(
+    run: Run,
+    small_onnx: Path,
+    tmp_path: Path,
+    install: Install,
+    gpu: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    install("8.6.0")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    code, _, error = run(arguments[0], small_onnx, *arguments[1:])
+    one_sentence(code, error)
+    assert "error: TensorRT 8.6.0 has no bf16; the file may be in fp16, fp32, int8, tf32" in error
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EngineError("TensorRT refused to run the engine: MaskPropagation: no kernel for sm_89"),
+        CudaError("cudaStreamSynchronize", 700, "an illegal memory access was encountered"),
+    ],
+)
+def test_a_run_that_fails_is_a_sentence(
+    run: Run, small_onnx: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("mat_export.runners.OrtRunner.run", fail)
+    code, _, said = run("parity", small_onnx)
+    one_sentence(code, said)
+    assert f"error: {error}" in said
+
+
+def test_an_engine_for_another_gpu_says_so(run: Run, plan: Path, gpu: dict[str, Any]) -> None:
     code, _, error = run("parity", plan)
     one_sentence(code, error)
+    assert "was built for compute capability 8.9 (sm_89), and Fake GPU has 8.6" in error
+    assert "mat-export trt" in error
 
 
 def test_a_cut_engine_says_how_to_build_it_again(run: Run, plan: Path, tmp_path: Path) -> None:

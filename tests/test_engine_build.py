@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import onnx
 import pytest
 from fake_tensorrt import GPU, fake_device_info, make_tensorrt, write_module
 from onnx import TensorProto, helper
+from small import SMALL
 
 from engines.backend import Absent, Backend, BuildHooks, Gpu, find_backends, open_backend
 from engines.backend.messages import logger_of
@@ -28,7 +30,7 @@ from engines.options import BuildOptions
 from engines.worker import CacheFile, CacheKeeper, Percentage
 from mat_export.contract import METADATA_KEY, GraphSpec, UserError
 from mat_export.files import file_digest
-from mat_torch import Checkpoint, preset
+from mat_torch import Checkpoint, preset, random_checkpoint
 
 TINY = GraphSpec(preset("mat-tiny-256"))
 ADA = Gpu("Ada", (8, 9), "12.4", 8000, 4000)
@@ -198,8 +200,24 @@ def test_a_target_takes_rtx(install: Install) -> None:
 
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    with pytest.raises(UserError, match=r"does not know the target sm_90; it knows sm_75, .*sm_89"):
+    with pytest.raises(UserError, match=r"does not know the target sm_90; it knows sm_80, .*sm_89"):
         open_backend(target="sm_90")
+
+
+def test_rtx_is_not_for_gpus_before_ampere(
+    monkeypatch: pytest.MonkeyPatch, install: Install, gpu: dict[str, Any]
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert "sm_75" not in open_backend("tensorrt-rtx").targets
+    for choice in ("auto", "tensorrt-rtx"):
+        with pytest.raises(UserError, match=r"sm_80, .*, got sm_75, or use --backend tensorrt"):
+            open_backend(choice, target="sm_75")
+    with_capability(monkeypatch, (7, 5))
+    install(None)
+    with pytest.raises(UserError, match=r"mat-export\[trt\].*TensorRT-RTX .* does not run on it"):
+        open_backend()
+    install("10.13.3")
+    assert open_backend().name == "tensorrt"
 
 
 # -- what is refused before the work ---------------------------------------------------------------
@@ -266,8 +284,9 @@ def test_what_rtx_lacks_is_refused() -> None:
         check(backend, BuildOptions(version_compatible=True))
     with pytest.raises(UserError, match="leave out --refittable"):
         check(backend, BuildOptions(refittable=True), gpu=None)
-    with pytest.raises(UserError, match=r"7\.5 have no bfloat16"):
-        check(backend, BuildOptions(target="sm_75"), precision="bf16")
+    for precision in ("fp32", "fp16", "bf16"):
+        with pytest.raises(UserError, match=r"before sm_80, .*, got sm_75"):
+            check(backend, BuildOptions(target="sm_75"), precision=precision)
     turing = replace(ADA, capability=(7, 5))
     check(backend, BuildOptions(hardware_compatible=True), precision="bf16", gpu=turing)
 
@@ -278,10 +297,11 @@ def test_rtx_builds_for_the_gpu_or_for_all() -> None:
     assert backend.resolve_target(BuildOptions(), ADA) == "sm_89"
     assert backend.resolve_target(BuildOptions(target="sm_120"), ADA) == "sm_120"
     assert backend.resolve_target(BuildOptions(hardware_compatible=True), None) is None
-    with pytest.raises(UserError, match=r"--target \(sm_75, "):
+    with pytest.raises(UserError, match=r"--target \(sm_80, "):
         backend.resolve_target(BuildOptions(), None)
-    with pytest.raises(UserError, match="does not run on Ada"):
-        backend.resolve_target(BuildOptions(), replace(ADA, capability=(9, 0)))
+    for capability in ((7, 5), (9, 0)):
+        with pytest.raises(UserError, match="does not run on Ada"):
+            backend.resolve_target(BuildOptions(), replace(ADA, capability=capability))
 
 
 # -- how each generation is told -------------------------------------------------------------------
@@ -748,23 +768,47 @@ def test_a_damaged_timing_cache_is_not_given_to_tensorrt(
 
 
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(
     ("content", "why"), [(b"garbage", "damaged"), (None, "of another TensorRT or GPU")]
 )
 def test_a_timing_cache_of_no_use_is_left_aside_with_a_note(
-    install: Install, plan: Path, tmp_path: Path, content: bytes | None, why: str
+    install: Install, plan: Path, tmp_path: Path, content: bytes | None, why: str, named: bool
 ) -> None:
+    """And replaced where nobody named it; what a user named is whatever it is."""
     install("10.13.3")
-    cache = CacheFile(tmp_path / "own.cache")
+    default = timing_cache_path(open_backend("tensorrt"), replace(ADA, name="Fake GPU"))
+    assert default is not None
+    cache = CacheFile(tmp_path / "own.cache" if named else default)
     if content is None:
         cache.save(b"another GPU's")
     else:
+        cache.path.parent.mkdir(parents=True, exist_ok=True)
         cache.path.write_bytes(content)
+    before = cache.path.read_bytes()
+    notes: list[str] = []
+    given = cache.path if named else None
+    build_engine(model_of(), plan, BuildOptions(), note=notes.append, timing_cache=given)
+    (said,) = (text for text in notes if "left aside" in text)
+    assert why in said
+    assert ("nothing is saved" in said) is named
+    if named:
+        assert cache.path.read_bytes() == before
+    else:
+        assert (cache.load() or b"").startswith(b"new timed")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_empty_timing_cache_is_as_good_as_none(
+    install: Install, plan: Path, tmp_path: Path
+) -> None:
+    install("10.13.3")
+    cache = CacheFile(tmp_path / "own.cache")
+    cache.path.touch()
     notes: list[str] = []
     build_engine(model_of(), plan, BuildOptions(), note=notes.append, timing_cache=cache.path)
-    assert any(why in text and "left aside" in text for text in notes)
-    assert cache.load() is not None
-    assert (cache.load() or b"").startswith(b"new timed")
+    assert not notes
+    assert cache.load() == b"new timed"
 
 
 @pytest.mark.usefixtures("gpu")
@@ -789,6 +833,28 @@ def test_timings_of_two_builds_at_once_are_merged(tmp_path: Path) -> None:
         file.save(b"old theirs")
     assert saved.is_set()
     assert file.load() == b"old oursold theirs"
+
+
+@pytest.mark.parametrize("meanwhile", [b"a picture", None])
+def test_what_another_program_has_written_meanwhile_is_left(
+    tmp_path: Path, meanwhile: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.worker._SAVE_SECONDS", 0.2)
+    config = make_tensorrt("10.13.3").Builder(None).create_builder_config()
+    file = CacheFile(tmp_path / "own.cache")
+    lines: list[str] = []
+    stopped = threading.Event()
+    with CacheKeeper(config, file, lambda *line: lines.append(line[1]), stopped, threading.Event()):
+        if meanwhile is None:
+            file.save(b"another GPU's")
+        else:
+            file.path.write_bytes(meanwhile)
+        before = file.path.read_bytes()
+        config.get_timing_cache().data += b" ours"
+        time.sleep(0.6)  # some saves are due
+    assert file.path.read_bytes() == before
+    assert len(lines) == 1
+    assert "left aside, and nothing is saved" in lines[0]
 
 
 def test_a_growing_timing_cache_is_saved_while_the_build_runs(
@@ -967,6 +1033,32 @@ def test_a_temporary_folder_without_room_is_a_sentence(
         build_engine(model_of(), plan, BuildOptions())
 
 
+@pytest.mark.usefixtures("gpu")
+def test_a_disk_that_is_full_once_the_engine_is_built_is_a_sentence(
+    install: Install, tmp_path: Path, plan: Path
+) -> None:
+    install("10.13.3", "fills the disk")
+    plan.write_bytes(b"an older engine")
+    where = re.escape(str(tmp_path / "temporary"))
+    with pytest.raises(UserError, match=f"cannot write temporary files to '{where}' .*set TMPDIR"):
+        build_engine(model_of(), plan, BuildOptions())
+    assert plan.read_bytes() == b"an older engine"
+    assert leftovers(tmp_path) == [plan]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_no_place_for_temporary_files_is_a_sentence(
+    install: Install, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    install("10.13.3")
+    monkeypatch.setattr("tempfile._get_default_tempdir", none)
+    with pytest.raises(UserError, match=r"No usable temporary directory.*set TMPDIR"):
+        build_engine(model_of(), plan, BuildOptions())
+
+
 # -- TensorRT-RTX builds engines here --------------------------------------------------------------
 
 
@@ -1031,6 +1123,20 @@ def test_rtx_builds_a_dynamic_batch_in_bf16(
 
 
 @pytest.mark.usefixtures("rtx")
+def test_rtx_builds_a_dynamic_size(plan: Path, tmp_path: Path) -> None:
+    from mat_export.export import export_onnx
+
+    exported = tmp_path / "size.onnx"
+    spec = GraphSpec(SMALL, dynamic_size=True, noise="input")
+    export_onnx(random_checkpoint(SMALL, 0), exported, spec)
+    options = BuildOptions(target="sm_89", size=((128, 128), (128, 128), (128, 256)), level=1)
+    report = build_engine(typed(exported, "fp16"), plan, options)
+    profiles = report.manifest["request"]["profiles"]
+    assert profiles["image"] == ((1, 3, 128, 128), (1, 3, 128, 128), (1, 3, 128, 256))
+    assert report.bytes > 1_000_000
+
+
+@pytest.mark.usefixtures("rtx")
 def test_rtx_names_the_node_that_it_refuses(plan: Path) -> None:
     with pytest.raises(UserError) as caught:
         build_engine(model_of(), plan, BuildOptions(target="sm_89"))
@@ -1042,17 +1148,22 @@ def test_rtx_names_the_node_that_it_refuses(plan: Path) -> None:
 
 
 @pytest.mark.usefixtures("rtx")
-def test_rtx_says_what_it_cannot_build(plan: Path) -> None:
-    """For Turing it compiles no FP32 matrix products."""
+def test_rtx_says_what_it_cannot_build(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Turing it compiles no FP32 matrix products; once it does, it need not be refused."""
     a = helper.make_tensor_value_info("a", TensorProto.FLOAT, [64, 64])
     b = helper.make_tensor_value_info("b", TensorProto.FLOAT, [64, 64])
     node = helper.make_node("MatMul", ["a", "a"], ["b"], name="mapping.fc.0/MatMul")
     graph = helper.make_graph([node], "g", [a], [b])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     helper.set_model_props(proto, {METADATA_KEY: TINY.to_json()})
+    model, options = proto.SerializeToString(), BuildOptions(target="sm_75")
     with pytest.raises(UserError, match=r"could not build the engine: .*Turing") as caught:
-        build_engine(proto.SerializeToString(), plan, BuildOptions(target="sm_75"))
+        open_backend("tensorrt-rtx").build(model, options, {}, BuildHooks())
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr("subprocess.Popen", no_process)
+    with pytest.raises(UserError, match=r"before sm_80, .*, got sm_75"):
+        build_engine(model, plan, options)
+    assert not plan.exists()
 
 
 @needs_proc

@@ -445,7 +445,38 @@ def test_auto_keeps_what_is_proven(
         timed = ran and not isinstance(outcome.times, Exception)
         assert (choice[entry]["milliseconds"] is not None) == timed
         assert (choice[entry]["parity"] is not None) == ran
-        assert (choice[entry]["problem"] is None) == timed
+        problem = choice[entry]["problem"]
+        assert (problem is None) == timed
+        assert problem is None or any(problem in line for line in world.notes)
+
+
+@pytest.mark.parametrize("with_plugins", [MISSED, UserError("too little memory")])
+def test_an_engine_that_misses_parity_says_so_every_time(
+    world: World, plan: Path, library: Path, with_plugins: Verdict | Exception
+) -> None:
+    world.verdicts = {WITHOUT: MISSED, WITH: with_plugins}
+    for cached in (False, True):
+        report = world.build(plan, AUTO, library)
+        assert report.cached is cached
+        assert report.missed == "parity FAILED"
+        assert report.manifest["parity"] == {"passed": False}
+    world.verdicts = {}
+    report = world.build(plan, AUTO, library, force=True)
+    assert report.missed is None
+    assert report.manifest["parity"] is None
+
+
+def test_a_contest_without_times_is_held_again(world: World, plan: Path, library: Path) -> None:
+    times, world.times = world.times, UserError("the GPU has too little memory")
+    for _ in range(2):
+        assert not world.build(plan, AUTO, library).cached
+        assert plan.read_bytes() == WITHOUT
+    world.times = times
+    world.notes.clear()
+    assert not world.build(plan, AUTO, library).cached
+    assert "the last contest with plugins was not decided" in world.notes[0]
+    assert plan.read_bytes() == WITH
+    assert world.build(plan, AUTO, library).cached
 
 
 def test_where_neither_can_be_built_nothing_is_written(

@@ -199,6 +199,35 @@ def test_a_plugin_has_to_be_there_as_it_was(save: Save, tmp_path: Path) -> None:
     assert text.endswith(AGAIN)
 
 
+def test_a_plugin_may_have_moved_with_its_engine_or_into_the_cache(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "built").mkdir()
+    built = tmp_path / "built" / "libmat.so"
+    built.write_bytes(b"moving code")
+    path = save(plugin={"path": str(built), "sha256": file_digest(built)})
+    beside = built.rename(tmp_path / "libmat.so")
+    loaded = open_plan(path).backend.module.get_plugin_registry().loaded
+    assert loaded == [str(beside)]
+    kept = tmp_path / "cache" / "mat-export" / "plugins" / "libmat_plugins-trt10.13.3-sm_86-0.so"
+    kept.parent.mkdir(parents=True)
+    beside.rename(kept)
+    monkeypatch.setattr("engines.backend.base._LOADED", set())
+    open_plan(path)
+    assert loaded == [str(beside), str(kept)]
+    built.write_bytes(kept.read_bytes())
+    open_plan(path)  # the same library once more, which TensorRT takes but once
+    assert loaded == [str(beside), str(kept)]
+    kept.unlink()
+    built.unlink()
+    text = refusal(path)
+    assert f"looked for as '{built}' and '{beside}' and in the cache" in text
+    assert text.endswith(AGAIN)
+    beside.write_bytes(b"other code")
+    assert f"another plugin library than '{beside}'" in refusal(path)
+
+
 def test_a_hardware_compatible_plan_needs_plugins_for_this_gpu(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +294,7 @@ def test_other_manifests_are_told_apart(save: Save) -> None:
         *("request.backend", "request.version", "request.options", "request.profiles"),
         *("request.gpu", "request.options.batch", "request.options.target", "sources.plugin"),
         *("request.gpu.capability", "request.profiles.z", "graph.config"),
+        *("sources.passes", "sources.plugin_choice"),
     ],
 )
 def test_no_damage_to_a_manifest_is_a_crash(save: Save, entry: str, value: Any) -> None:
@@ -284,6 +314,7 @@ def test_no_damage_to_a_manifest_is_a_crash(save: Save, entry: str, value: Any) 
     else:
         # No target and no plugin are as good as any; another command is another command.
         fine = {"request.options.target", "request.options.batch", "sources.plugin", "key"}
+        fine |= {"sources.passes", "sources.plugin_choice"} if value == {"a": 1} else set()
         assert entry in {*fine, "command", "bytes", "sources"}
         assert opened.plan == b"the plan"
 

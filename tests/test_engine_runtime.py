@@ -35,10 +35,11 @@ from numpy.typing import NDArray
 
 from engines import cuda
 from engines.arrays import DeviceArray, as_device_array, as_host_array, read_capsule
+from engines.backend.messages import logger_of
 from engines.papers import OpenedPlan
 from engines.runner import EngineRunner
 from engines.runtime import Engine
-from mat_export.contract import GraphSpec, UserError
+from mat_export.contract import GraphSpec, RunError, UserError
 from mat_export.runners import Runner
 from mat_torch import preset
 
@@ -524,10 +525,14 @@ def test_a_plan_that_tensorrt_refuses_is_a_users_error(gpu: FakeGpu) -> None:
 
 def test_an_execution_that_tensorrt_refuses_is_an_error(gpu: FakeGpu) -> None:
     fake = FakeEngine(gpu)
-    with Engine(FakeBackend(fake), PLAN) as engine:
+    backend = FakeBackend(fake)
+    with Engine(backend, PLAN) as engine:
         fake.refuse_runs = True
-        with pytest.raises(RuntimeError, match="TensorRT refused to run"):
-            engine.run(inputs_of())
+        error = backend.module.ILogger.Severity.ERROR  # as TensorRT or a plugin says it
+        logger_of(backend.module).log(error, "MaskPropagation: no kernel\n for sm_89")
+        for reason in ("MaskPropagation: no kernel for sm_89", "it gave no reason"):
+            with pytest.raises(RunError, match=f"TensorRT refused to run the engine: {reason}$"):
+                engine.run(inputs_of())
         fake.refuse_runs = False
         inputs = inputs_of(seed=3)
         assert_right(engine.run(inputs), inputs)

@@ -13,6 +13,7 @@ from engines.backend.hooks import BuildHooks, monitor_of
 from engines.backend.messages import logger_of, reason_of, refusal_of
 from engines.options import BuildOptions
 from mat_export.contract import UserError
+from mat_export.files import file_digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "contiguous"]
 
-_LOADED: set[Path] = set()
-"""Plugin libraries in this process, which TensorRT takes once only."""
+_LOADED: set[tuple[Any, str]] = set()
+"""Modules and digests of plugin libraries in this process, which TensorRT takes once only,
+wherever copies of them lie."""
 
 
 class Backend:
@@ -128,7 +130,7 @@ class Backend:
         Raises:
             UserError: With the reason and the way out.
         """
-        self._check_precision(precision)
+        self.check_precision(precision)
         if opset > self.opset or (self.ir_version is not None and ir_version > self.ir_version):
             limit = "" if self.ir_version is None else f" and IR version {self.ir_version}"
             raise UserError(
@@ -143,7 +145,8 @@ class Backend:
             )
         self._check_options(options, capability, gpu)
 
-    def _check_precision(self, precision: str) -> None:
+    def check_precision(self, precision: str) -> None:
+        """Raise UserError, with those it has, if it does not know a precision."""
         if precision not in self.precisions:
             raise UserError(
                 f"{self.label} has no {precision}; the file may be in "
@@ -215,7 +218,7 @@ class Backend:
                 "an engine with plugins runs on the TensorRT that their library is for, so it "
                 "cannot be version-compatible"
             )
-        self._check_precision(precision)
+        self.check_precision(precision)
 
     def load_plugins(self, library: Path) -> None:
         """Make the operators of a plugin library known in this process; again does nothing.
@@ -226,16 +229,17 @@ class Backend:
         if not self.has_plugin_layers:
             raise UserError(f"{self.label} has no plugin layers")
         path = library.absolute()
-        if path in _LOADED:
-            return
         if not path.is_file():
             raise UserError(f"there is no plugin library '{library}'")
+        loaded = self.module, file_digest(path)
+        if loaded in _LOADED:
+            return
         logger = self._logger()
         if self.module.get_plugin_registry().load_library(str(path)) is None:
             raise UserError(
                 f"'{library}' is no plugin library for {self.label}: {reason_of(logger.errors)}"
             )
-        _LOADED.add(path)
+        _LOADED.add(loaded)
 
     # -- building ----------------------------------------------------------------------------------
 
@@ -456,6 +460,16 @@ class Backend:
         config = engine.create_serialization_config()
         config.set_flag(keep)
         return bytes(engine.serialize_with_config(config))
+
+    def last_errors(self) -> str:
+        """What TensorRT, or a plugin through it, logged last, as part of a sentence; then no more.
+
+        Its logger keeps errors whether or not anybody listens.
+        """
+        errors = logger_of(self.module).errors
+        reason = reason_of(errors)
+        errors.clear()
+        return reason
 
     # -- shared ------------------------------------------------------------------------------------
 

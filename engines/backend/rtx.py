@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from engines.backend.base import Backend
-from engines.backend.gpu import Capability, Gpu
+from engines.backend.gpu import AMPERE, Capability, Gpu
 from engines.options import BuildOptions, capability_of
 from mat_export.contract import UserError
 
@@ -27,10 +27,20 @@ class TensorRTRtx(Backend):
     def targets(self) -> tuple[str, ...]:
         known = self.module.ComputeCapability.__members__
         numbers = sorted(int(name[2:]) for name in known if re.fullmatch(r"SM\d+", name))
-        return tuple(f"sm_{number}" for number in numbers)
+        return tuple(name for name in (f"sm_{n}" for n in numbers) if capability_of(name) >= AMPERE)
 
     def runs_on(self, capability: Capability) -> bool:
-        return capability == (7, 5) or capability[0] in (8, 12)
+        # Nor on Turing, which it knows: it has no FP32 matrix products there, and every graph does.
+        return capability[0] in (8, 12)
+
+    def check_target(self, target: str) -> None:
+        if capability_of(target) < AMPERE:
+            raise UserError(
+                f"{self.label} has no FP32 matrix products before sm_80, and these graphs need "
+                f"them: give one of {', '.join(self.targets)}, got {target}, or use --backend "
+                "tensorrt on a machine with that GPU"
+            )
+        super().check_target(target)
 
     def resolve_target(self, options: BuildOptions, gpu: Gpu | None) -> str | None:
         if options.target is not None:
@@ -49,7 +59,10 @@ class TensorRTRtx(Backend):
         return target
 
     def _built_for(self, options: BuildOptions, gpu: Gpu | None) -> Capability | None:
-        return None if options.target is None else capability_of(options.target)
+        if options.target is None:
+            return None
+        self.check_target(options.target)
+        return capability_of(options.target)
 
     def _check_options(
         self, options: BuildOptions, capability: Capability | None, gpu: Gpu | None

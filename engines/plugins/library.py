@@ -32,6 +32,7 @@ __all__ = [
     "cached_library",
     "check_library",
     "describe_library",
+    "kept_libraries",
     "library_for",
     "sources_digest",
 ]
@@ -69,7 +70,8 @@ class LibraryDescription:
         interface: ``V2`` (TensorRT 8.6) or ``V3`` (from 10 on).
         tensorrt: The version of the headers it was compiled with, such as ``10.14.1``.
         tensorrt_major: Its first number: the TensorRT that loads it.
-        architectures: What it has code for: ``sm_NN``, and ``compute_NN`` for any later GPU.
+        architectures: What it has code for: ``sm_NN``, and ``compute_NN`` for any later GPU; with
+            ``a`` behind the number for that GPU alone, with ``f`` for its generation.
         compiler: nvcc's version, such as ``13.0.88``.
         sources: SHA-256 of the sources it was made of.
     """
@@ -83,13 +85,19 @@ class LibraryDescription:
 
     def runs_on(self, capability: Capability) -> bool:
         """Whether it has code for GPUs of this compute capability."""
-        for architecture in self.architectures:
-            kind, _, number = architecture.partition("_")
-            own = capability_of(number)
-            # Machine code runs on its generation from its GPU on, PTX on everything later.
-            if own <= capability and (kind == "compute" or own[0] == capability[0]):
-                return True
-        return False
+        return any(_runs_on(architecture, capability) for architecture in self.architectures)
+
+
+def _runs_on(architecture: str, capability: Capability) -> bool:
+    """Whether GPUs of this compute capability run code for an architecture."""
+    kind, _, number = architecture.partition("_")
+    letter = number.lstrip("0123456789")
+    own = capability_of(number.removesuffix(letter))
+    if letter not in ("", "f"):  # 90a: what 9.0 alone has
+        return own == capability
+    # Machine code runs on its generation from its GPU on, PTX on everything later.
+    later = kind == "compute" and not letter
+    return own <= capability and (later or own[0] == capability[0])
 
 
 # -- what a library is -----------------------------------------------------------------------------
@@ -197,15 +205,23 @@ def build_library(
     return _build(tools, Path(output), targets, progress)
 
 
+def kept_libraries(version: str = "") -> list[Path]:
+    """All libraries in the user's cache folder, of TensorRTs whose versions begin like this.
+
+    Raises:
+        UserError: If the user has no home folder.
+    """
+    return sorted((cache_folder() / "plugins").glob(f"libmat_plugins-trt{version}*.so"))
+
+
 def cached_library(tensorrt_major: int, capability: Capability) -> Path | None:
     """A library of today's sources in the user's cache folder that fits; None if there is none.
 
     Needs no compiler and builds nothing.
     """
-    kept = (cache_folder() / "plugins").glob(f"libmat_plugins-trt{tensorrt_major}.*.so")
     sources, target = sources_digest(), _target(capability)
     fitting: dict[Path, bool] = {}
-    for path in sorted(kept):
+    for path in kept_libraries(f"{tensorrt_major}."):
         with contextlib.suppress(UserError):
             description = describe_library(path)
             check_library(description, tensorrt_major, capability)
