@@ -103,6 +103,13 @@ class Plugins(str, Enum):
 
 
 class MaskKind(str, Enum):
+    """The published samplers of masks."""
+
+    large = "large"
+    small = "small"
+
+
+class TrainingMasks(str, Enum):
     """What masks training draws."""
 
     large = "large"
@@ -795,7 +802,7 @@ def train(
     images: Annotated[
         int | None, typer.Option(min=1, help="Length of the run. [default: the preset's]")
     ] = None,
-    masks: Annotated[MaskKind, typer.Option(help="Kind of the masks.")] = MaskKind.large,
+    masks: Annotated[TrainingMasks, typer.Option(help="Kind of the masks.")] = TrainingMasks.large,
     share: Annotated[
         str | None,
         typer.Option(metavar="LOW:HIGH", help="Crops' side as a share of the picture's."),
@@ -878,7 +885,7 @@ def evaluate_command(
     count: Annotated[
         int | None, typer.Option(min=2, help="Crops in all. [default: one a picture]")
     ] = None,
-    masks: Annotated[MaskKind, typer.Option(help="large or small.")] = MaskKind.large,
+    masks: Annotated[MaskKind, typer.Option(help="Kind of the masks.")] = MaskKind.large,
     answers: Annotated[
         int, typer.Option(min=1, help="Fillings of each hole; two or more tell diversity.")
     ] = 1,
@@ -903,8 +910,6 @@ def evaluate_command(
     from mat_export.shipped import PRESET
     from mat_torch.evaluation import EvaluationError, comparison_table, opencv_fill
 
-    if masks is MaskKind.mixed:
-        raise UserError("an evaluation has --masks large or small")
     if json_file is not None:
         require_other(json_file, *(models or ()))
         require_writable(json_file)
