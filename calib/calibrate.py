@@ -184,7 +184,7 @@ def calibrate(
         output: The ONNX file to write.
         options: How to calibrate.
         record: The record to take, or to write; by default beside the output.
-        recipe: A decision to replay, whatever it costs.
+        recipe: A decision to replay, whatever it costs; with `filters` if it was made with them.
         progress: Called on the way.
         note: Called with sentences for the user.
 
@@ -193,12 +193,15 @@ def calibrate(
             the target, or something cannot be written.
     """
     record = record_path(output) if record is None else record
+    _require_other_recipe(output, recipe)
     for path in (output, manifest_path(output), record, recipe_path(output)):
         require_other(path, model, manifest_path(model), recipe)
         require_writable(path)
     loaded = load_onnx(model)
     spec = _require_fp32(loaded, model)
     replayed = None if recipe is None else Recipe.from_file(recipe, spec.config.name)
+    if replayed is not None:
+        options = replace(options, filters=options.filters or replayed.filters)
     work = _Work.of(loaded, spec, options, progress, note)
     if replayed is not None:
         for name in replayed.layers:
@@ -219,6 +222,7 @@ def calibrate(
         spec.config.name,
         tuple(c.name for c in work.candidates.all if c.name in layers),
         None if replayed is not None else options.target_db,
+        options.filters,
     )
     result = Calibration(work.candidates, measured, decision, quality, equalized, found is not None)
     facts = {
@@ -237,6 +241,18 @@ def calibrate(
     save_model(quantized, output, {"graph": written, "onnx": source, "calibration": facts})
     atomic_write(recipe_path(output), decision.to_json())
     return result
+
+
+def _require_other_recipe(
+    output: str | os.PathLike[str], recipe: str | os.PathLike[str] | None
+) -> None:
+    """Raise UserError if the output's recipe would replace the one to replay."""
+    try:
+        require_other(recipe_path(output), recipe)
+    except UserError as error:
+        raise UserError(
+            f"'{recipe}' is where the recipe of '{output}' is written: name another output with -o"
+        ) from error
 
 
 def _require_fp32(model: onnx.ModelProto, path: str | os.PathLike[str]) -> GraphSpec:

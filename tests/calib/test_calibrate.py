@@ -24,12 +24,14 @@ from calib.calibrate import (
     recipe_path,
     record_path,
 )
+from calib.candidates import find_candidates
 from calib.recipe import Recipe
 from mat_export.contract import GraphSpec, UserError
 from mat_export.engine_graph import calibration_of, prepare_engine_graph
 from mat_export.inspection import describe
 from mat_export.manifest import manifest_path, read_manifest
 from mat_export.parity import RegionError, check_parity, open_candidate
+from mat_export.resampling import resample_densely
 from mat_export.suite import cases
 
 Quantized = tuple[Path, Calibration]
@@ -302,6 +304,30 @@ def test_a_recipe_with_a_layer_the_model_lacks_is_refused(small_fp32: Path, tmp_
     recipe.write_text(Recipe(NETWORK.name, ("nowhere/Conv",)).to_json())
     with pytest.raises(UserError, match="no layer 'nowhere/Conv'"):
         calibrate(small_fp32, tmp_path / "out.onnx", OPTIONS, recipe=recipe)
+
+
+def test_a_recipe_says_that_filters_were_allowed(small_fp32: Path, tmp_path: Path) -> None:
+    dense, _ = resample_densely(onnx.load(small_fp32))
+    spec = GraphSpec.of_model(dense)
+    assert spec is not None
+    found = find_candidates(dense, spec, filters=True).all
+    layers = next(c.name for c in found if c.kind == "filter"), found[0].name
+    recipe, output = tmp_path / "recipe.json", tmp_path / "out.onnx"
+    recipe.write_text(Recipe(NETWORK.name, layers).to_json())
+    with pytest.raises(UserError, match=r"no layer .* \(resampling filters .* with --filters"):
+        calibrate(small_fp32, output, OPTIONS, recipe=recipe)
+    recipe.write_text(Recipe(NETWORK.name, layers, filters=True).to_json())
+    done = calibrate(small_fp32, output, OPTIONS, recipe=recipe)
+    assert {*done.recipe.layers} == {*layers}
+    assert Recipe.from_file(recipe_path(output), NETWORK.name).filters
+
+
+def test_a_recipe_is_not_replaced_by_its_replay(small_fp32: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mat-int8.recipe.json"
+    recipe.write_text(Recipe(NETWORK.name, ("any/Conv",)).to_json())
+    words = r"is where the recipe of '.*mat-int8\.onnx' is written: name another output with -o"
+    with pytest.raises(UserError, match=words):
+        calibrate(small_fp32, tmp_path / "mat-int8.onnx", OPTIONS, recipe=recipe)
 
 
 @pytest.mark.parametrize(
