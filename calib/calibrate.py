@@ -1,15 +1,15 @@
 """From an FP32 ONNX file to one with INT8 layers: measure, decide, write.
 
 What is measured goes into a record, what is decided into a recipe, and both lie beside the result:
-the next call with the same model and pictures takes the record as it is, and a recipe replays a
-decision without a target.
+the next call with the same model and pictures takes the record as it is, or goes on where that one
+was interrupted, and a recipe replays a decision without a target.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,14 +208,18 @@ def calibrate(
             work.candidates.named(name)  # an unknown one is the first thing to hear of
     key = work.key(file_digest(model))
     found = load_record(record, key)
-    measured = found or work.measure(key)
-    exact, equalized = equalize(work.model, work.candidates.all, measured.powers)
-    if replayed is None and not measured.costs:
-        measured = replace(measured, costs=work.costs(exact, measured))
-    if measured is found:
+    if found is not None:
         note(f"took the record {record}")
+        measured = found
     else:
+        measured = work.measure(key)
         measured.save(record)
+    exact, equalized = equalize(work.model, work.candidates.all, measured.powers)
+    if replayed is None:
+        for more in work.costs(exact, measured):
+            more.save(record)  # so that an interruption loses no more than a sample
+            measured = more
+    if measured is not found:
         note(f"wrote the record {record}")
     layers, quality = work.decide(exact, measured, replayed)
     decision = Recipe(
@@ -340,12 +344,22 @@ class _Work:
         ranges = choose_ranges(histograms, staged, trials, self.checks, progress)
         return Record(key, powers, ranges, {})
 
-    def costs(self, model: onnx.ModelProto, record: Record) -> dict[str, tuple[float, ...]]:
-        """What each layer of the equalized model costs."""
-        threads = self.options.threads
-        staged = StagedModel(model, self.candidates.all, threads)
-        trials = LayerTrials(model, threads)
-        return measure_costs(staged, trials, record.ranges, self.checks, self.progress)
+    def costs(self, model: onnx.ModelProto, record: Record) -> Iterator[Record]:
+        """The record with what each layer of the equalized model costs in one more sample, until
+        it has all of them."""
+        done, total = record.samples_done(c.name for c in self.candidates.all), len(self.checks)
+        if done >= total:
+            return
+        staged = StagedModel(model, self.candidates.all, self.options.threads)
+        trials = LayerTrials(model, self.options.threads)
+        for i in range(done, total):
+
+            def progress(layer: str, i: int = i) -> None:
+                self.progress(f"costs in sample {i + 1}, {layer}", i, total)
+
+            noises = measure_costs(staged, trials, record.ranges, self.checks[i], progress)
+            record = record.with_costs(i, noises)
+            yield record
 
     def decide(
         self, model: onnx.ModelProto, record: Record, replayed: Recipe | None

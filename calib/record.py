@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,23 @@ class Record:
         key: What they are of: digests of model and samples, seeds, and every option of the method.
         powers: Of each layer's input channels (`calib.equalizing`).
         ranges: Of each tensor.
-        costs: Noise of each layer alone, by sample; empty while no decision needed them.
+        costs: Noise of each layer alone, by sample; empty while no decision needed them, and of the
+            first samples alone where measuring was interrupted.
     """
 
     key: Mapping[str, Any]
     powers: Mapping[str, tuple[int, ...]]
     ranges: Mapping[str, Range]
     costs: Mapping[str, tuple[float, ...]]
+
+    def samples_done(self, layers: Iterable[str]) -> int:
+        """For how many samples, from the first on, the costs of all these layers are known."""
+        return min(len(self.costs.get(name, ())) for name in layers)
+
+    def with_costs(self, sample: int, noises: Mapping[str, float]) -> Record:
+        """The record with what the layers cost in one more sample; those after it are dropped."""
+        costs = {name: (*self.costs.get(name, ())[:sample], n) for name, n in noises.items()}
+        return replace(self, costs=costs)
 
     @property
     def scales(self) -> dict[str, float]:

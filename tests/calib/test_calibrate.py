@@ -99,6 +99,27 @@ def test_the_same_inputs_give_the_same_bytes(
     assert result.to_dict() == done.to_dict()
 
 
+def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
+    small_calibration: Quantized, small_fp32: Path, tmp_path: Path
+) -> None:
+    path, _ = small_calibration
+    output, told = tmp_path / path.name, list[str]()
+
+    def interrupted(what: str, done: int, total: int) -> None:
+        if what.startswith("costs in sample 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(small_fp32, output, OPTIONS, progress=interrupted)
+    assert list(tmp_path.iterdir()) == [record_path(output)]
+    kept = json.loads(record_path(output).read_text())["costs"]
+    assert {len(noises) for noises in kept.values()} == {2}
+    calibrate(small_fp32, output, OPTIONS, progress=lambda what, *_: told.append(what))
+    assert told[0].startswith("costs in sample 3"), "ranges and two samples are there"
+    for one in (path, record_path(path), recipe_path(path)):
+        assert (tmp_path / one.name).read_bytes() == one.read_bytes(), one.name
+
+
 def test_a_record_is_reused_and_a_recipe_replayed(
     small_calibration: Quantized, small_fp32: Path, tmp_path: Path
 ) -> None:
