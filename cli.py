@@ -241,7 +241,8 @@ def calibrate(
         Path, typer.Argument(help="An FP32 file of 'mat-export onnx'.")
     ] = DEFAULT_ONNX,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of photographs. [default: three of ours]")
+        Path | None,
+        typer.Option(help="Folder of photographs. [default: three of ours, for checks too]"),
     ] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The quantized file to write.")
@@ -257,7 +258,10 @@ def calibrate(
         typer.Option(help="Measurements to take or to write. [default: beside the output]"),
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples that ranges are counted on.")] = 16,
-    checks: Annotated[int, typer.Option(help="Other samples that the rest is measured on.")] = 6,
+    checks: Annotated[
+        int,
+        typer.Option(help="Other samples, of other pictures, that the rest is measured on."),
+    ] = 6,
     seed: Annotated[int, typer.Option(help="What all samples are drawn from.")] = 0,
     filters: Annotated[
         bool, typer.Option("--filters", help="Let resampling filters and skips be INT8 too.")

@@ -50,7 +50,8 @@ class CalibrationOptions:
     Attributes:
         images: Folder of pictures; None is the built-in set.
         samples: How many samples ranges are counted on.
-        checks: On how many other samples methods, costs and the result are measured.
+        checks: On how many other samples methods, costs and the result are measured. They are of
+            other pictures where there are enough; of the built-in set, of the same photographs.
         seed: What all samples are drawn from.
         target_db: What the mean PSNR in the hole has to reach against FP32.
         filters: Resampling filters and skips may be INT8 too.
@@ -305,17 +306,25 @@ class _Work:
         note: Callable[[str], None],
     ) -> _Work:
         """Draw the samples for a model."""
-        pictures = open_pictures(options.images, spec.config.resolution)
-        for reason in pictures.passed_over:
+        front = open_pictures(options.images, spec.config.resolution, options.seed)
+        back = front.backwards()
+        counted = draw_samples(spec, front, options.samples, 2 * options.seed)
+        checks = draw_samples(spec, back, options.checks, 2 * options.seed + 1)
+        for reason in dict.fromkeys([*front.passed_over, *back.passed_over]):
             note(f"passed over: {reason}")
+        shared = {*front.first(options.samples)} & {*back.first(options.checks)}
+        if shared and options.images is not None:
+            note(
+                f"{len(shared)} pictures are in the samples and the checks: with "
+                f"{options.samples + options.checks} pictures or more none is"
+            )
         dense, _ = resample_densely(model)
-        checks = draw_samples(spec, pictures, options.checks, 2 * options.seed + 1)
         return cls(
             model=dense,
             candidates=find_candidates(dense, spec, filters=options.filters),
             options=options,
-            source=pictures.source,
-            counted=draw_samples(spec, pictures, options.samples, 2 * options.seed),
+            source=front.source,
+            counted=counted,
             checks=[sample for sample in checks if sample.hole.any()],
             progress=progress,
         )

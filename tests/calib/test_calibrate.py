@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from PIL import Image
 from rtx_plan import convolution_work, read_plan
 from small_calibration import NETWORK, OPTIONS
 from typer.testing import CliRunner
@@ -26,6 +27,7 @@ from calib.calibrate import (
 )
 from calib.candidates import find_candidates
 from calib.recipe import Recipe
+from calib.samples import Pictures, Sample
 from mat_export.contract import GraphSpec, UserError
 from mat_export.engine_graph import calibration_of, prepare_engine_graph
 from mat_export.inspection import describe
@@ -118,6 +120,36 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
     assert told[0].startswith("costs in sample 3"), "ranges and two samples are there"
     for one in (path, record_path(path), recipe_path(path)):
         assert (tmp_path / one.name).read_bytes() == one.read_bytes(), one.name
+
+
+@pytest.mark.parametrize(("pictures", "shared"), [(12, 0), (8, 4)])
+def test_checks_are_of_other_pictures_where_there_are_enough(
+    small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, shared: int
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(pictures):
+        Image.new("RGB", (128, 128), (i, i, i)).save(images / f"{i}.png")
+    drawn: list[set[str]] = []
+    notes: list[str] = []
+
+    def draw(spec: GraphSpec, pictures: Pictures, count: int, seed: int) -> list[Sample]:
+        drawn.append({*pictures.first(count)})
+        return []
+
+    def stop(model: onnx.ModelProto) -> None:
+        raise UserError("drawn")
+
+    monkeypatch.setattr("calib.calibrate.draw_samples", draw)
+    monkeypatch.setattr("calib.calibrate.resample_densely", stop)
+    options = replace(OPTIONS, images=images)
+    with pytest.raises(UserError, match="drawn"):
+        calibrate(small_fp32, tmp_path / "out.onnx", options, note=notes.append)
+    counted, checks = drawn
+    assert len(counted) == len(checks) == 6
+    assert len(counted & checks) == shared
+    said = ["4 pictures are in the samples and the checks: with 12 pictures or more none is"]
+    assert notes == (said if shared else [])
 
 
 def test_a_record_is_reused_and_a_recipe_replayed(
