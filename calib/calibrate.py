@@ -55,7 +55,8 @@ class CalibrationOptions:
         seed: What all samples are drawn from.
         target_db: What the mean PSNR in the hole has to reach against FP32.
         filters: Resampling filters and skips may be INT8 too.
-        threads: CPU threads, ONNX Runtime's choice if None.
+        threads: CPU threads, ONNX Runtime's choice if None. Another number may give other last
+            digits, and so other bytes (`calib.record`).
 
     Raises:
         UserError: If there are too few samples, or the seed is none.

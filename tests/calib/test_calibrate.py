@@ -101,6 +101,16 @@ def test_the_same_inputs_give_the_same_bytes(
     assert result.to_dict() == done.to_dict()
 
 
+def test_the_default_number_of_threads_gives_the_same_bytes(
+    small_calibration: Quantized, small_fp32: Path, tmp_path: Path
+) -> None:
+    """Of this network any number does; of others as many alone (`calib.record`)."""
+    path, _ = small_calibration
+    calibrate(small_fp32, tmp_path / path.name, replace(OPTIONS, threads=None))
+    for one in (path, record_path(path), recipe_path(path)):
+        assert (tmp_path / one.name).read_bytes() == one.read_bytes(), one.name
+
+
 def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
     small_calibration: Quantized, small_fp32: Path, tmp_path: Path
 ) -> None:
