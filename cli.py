@@ -105,7 +105,22 @@ class Plugins(str, Enum):
     off = "off"
 
 
+class Device(str, Enum):
+    """Where PyTorch runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class MaskKind(str, Enum):
+    """The published samplers of masks."""
+
+    large = "large"
+    small = "small"
+
+
+class TrainingMasks(str, Enum):
     """What masks training draws."""
 
     large = "large"
@@ -229,7 +244,8 @@ def calibrate(
         Path, typer.Argument(help="An FP32 file of 'mat-export onnx'.")
     ] = DEFAULT_ONNX,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of photographs. [default: three of ours]")
+        Path | None,
+        typer.Option(help="Folder of photographs. [default: three of ours, for checks too]"),
     ] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The quantized file to write.")
@@ -245,7 +261,10 @@ def calibrate(
         typer.Option(help="Measurements to take or to write. [default: beside the output]"),
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples that ranges are counted on.")] = 16,
-    checks: Annotated[int, typer.Option(help="Other samples that the rest is measured on.")] = 6,
+    checks: Annotated[
+        int,
+        typer.Option(help="Other samples, of other pictures, that the rest is measured on."),
+    ] = 6,
     seed: Annotated[int, typer.Option(help="What all samples are drawn from.")] = 0,
     filters: Annotated[
         bool, typer.Option("--filters", help="Let resampling filters and skips be INT8 too.")
@@ -898,7 +917,7 @@ def train(
     images: Annotated[
         int | None, typer.Option(min=1, help="Length of the run. [default: the preset's]")
     ] = None,
-    masks: Annotated[MaskKind, typer.Option(help="Kind of the masks.")] = MaskKind.large,
+    masks: Annotated[TrainingMasks, typer.Option(help="Kind of the masks.")] = TrainingMasks.large,
     share: Annotated[
         str | None,
         typer.Option(metavar="LOW:HIGH", help="Crops' side as a share of the picture's."),
@@ -1000,7 +1019,7 @@ def evaluate_command(
     count: Annotated[
         int | None, typer.Option(min=2, help="Crops in all. [default: one a picture]")
     ] = None,
-    masks: Annotated[MaskKind, typer.Option(help="large or small.")] = MaskKind.large,
+    masks: Annotated[MaskKind, typer.Option(help="Kind of the masks.")] = MaskKind.large,
     answers: Annotated[
         int, typer.Option(min=1, help="Fillings of each hole; two or more tell diversity.")
     ] = 1,
@@ -1011,6 +1030,9 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(min=0, help="Of crops, masks and answers.")] = 0,
     truncation: Annotated[float, typer.Option(help="psi.")] = 1.0,
     by_bin: Annotated[bool, typer.Option("--by-bin", help="By size of the hole too.")] = False,
+    device: Annotated[
+        Device, typer.Option(help="Of checkpoints and feature networks; auto: a GPU if there is.")
+    ] = Device.auto,
     json_file: JsonOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -1018,44 +1040,54 @@ def evaluate_command(
     import contextlib
     import json
 
-    from mat_export.console import tracker
+    from mat_export.console import note, tracker
     from mat_export.contract import UserError
-    from mat_export.evaluating import EvaluationSet, evaluate_all, runner_fill
+    from mat_export.evaluating import EvaluationSet, evaluate_all, names_of, runner_fill
     from mat_export.files import atomic_write, require_other, require_writable
+    from mat_export.runners import torch_device
     from mat_export.shipped import PRESET
-    from mat_torch.evaluation import EvaluationError, comparison_table, opencv_fill
+    from mat_torch.evaluation import EvaluationError, Fill, comparison_table, opencv_fill
+    from mat_torch.metrics import MetricError, require_packages
 
-    if masks is MaskKind.mixed:
-        raise UserError("an evaluation has --masks large or small")
     if json_file is not None:
         require_other(json_file, *(models or ()))
         require_writable(json_file)
+    classical: dict[str, Fill] = {}
+    try:
+        require_packages()
+        if baselines:
+            classical["Telea"] = opencv_fill("telea")
+            classical["Navier-Stokes"] = opencv_fill("navier-stokes")
+    except (EvaluationError, MetricError) as error:
+        raise UserError(str(error)) from error
+    where = torch_device(device.value)
+    if where == "cuda":
+        from torch.backends import cudnn
+
+        cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # by default it is TF32
+    chosen: list[tuple[Path | None, str]] = [(None, PRESET)]
+    if models:
+        chosen = [*names_of(models).items()]
     with contextlib.ExitStack() as stack:
-        chosen: list[Path | None] = [*models] if models else [None]
         runners = {
-            path.name if path else PRESET: stack.enter_context(_runner(path, threads))
-            for path in chosen
+            name: stack.enter_context(_runner(path, threads, where)) for path, name in chosen
         }
         sides = {runner.spec.config.resolution for runner in runners.values()}
         if len(sides) > 1:
             raise UserError(f"the models are of different native sizes: {sorted(sides)}")
         pictures = EvaluationSet(data, sides.pop(), count, masks=masks.value, seed=seed)
         methods = {n: runner_fill(r, truncation=truncation) for n, r in runners.items()}
-        try:
-            if baselines:
-                methods["Telea"] = opencv_fill("telea")
-                methods["Navier-Stokes"] = opencv_fill("navier-stokes")
-        except EvaluationError as error:
-            raise UserError(str(error)) from error
         with tracker("evaluate") as progress:
             results = evaluate_all(
-                methods,
+                methods | classical,
                 pictures,
                 features=features,
                 batch=batch,
                 seed=seed,
                 answers=answers,
+                device=where,
                 progress=progress,
+                note=note,
             )
     typer.echo(comparison_table(results, by_bin=by_bin))
     if json_file is not None:
@@ -1186,13 +1218,13 @@ def _weights(
         raise UserError(str(error)) from error
 
 
-def _runner(model: Path | None, threads: int | None) -> Runner:
+def _runner(model: Path | None, threads: int | None, device: str = "cpu") -> Runner:
     """The runner of a model file; by default the shipped model in PyTorch."""
     from mat_export.runners import TorchRunner, open_runner
 
     if model is not None:
-        return open_runner(model, threads=threads)
-    return TorchRunner(_weights(None, None, None, "G_ema"), threads=threads)
+        return open_runner(model, threads=threads, device=device)
+    return TorchRunner(_weights(None, None, None, "G_ema"), threads=threads, device=device)
 
 
 def _exported(model: Path) -> Path:

@@ -1,15 +1,15 @@
 """From an FP32 ONNX file to one with INT8 layers: measure, decide, write.
 
 What is measured goes into a record, what is decided into a recipe, and both lie beside the result:
-the next call with the same model and pictures takes the record as it is, and a recipe replays a
-decision without a target.
+the next call with the same model and pictures takes the record as it is, or goes on where that one
+was interrupted, and a recipe replays a decision without a target.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,13 @@ class CalibrationOptions:
     Attributes:
         images: Folder of pictures; None is the built-in set.
         samples: How many samples ranges are counted on.
-        checks: On how many other samples methods, costs and the result are measured.
+        checks: On how many other samples methods, costs and the result are measured. They are of
+            other pictures where there are enough; of the built-in set, of the same photographs.
         seed: What all samples are drawn from.
         target_db: What the mean PSNR in the hole has to reach against FP32.
         filters: Resampling filters and skips may be INT8 too.
-        threads: CPU threads, ONNX Runtime's choice if None.
+        threads: CPU threads, ONNX Runtime's choice if None. Another number may give other last
+            digits, and so other bytes (`calib.record`).
 
     Raises:
         UserError: If there are too few samples, or the seed is none.
@@ -184,7 +186,7 @@ def calibrate(
         output: The ONNX file to write.
         options: How to calibrate.
         record: The record to take, or to write; by default beside the output.
-        recipe: A decision to replay, whatever it costs.
+        recipe: A decision to replay, whatever it costs; with `filters` if it was made with them.
         progress: Called on the way.
         note: Called with sentences for the user.
 
@@ -193,32 +195,40 @@ def calibrate(
             the target, or something cannot be written.
     """
     record = record_path(output) if record is None else record
+    _require_other_recipe(output, recipe)
     for path in (output, manifest_path(output), record, recipe_path(output)):
         require_other(path, model, manifest_path(model), recipe)
         require_writable(path)
     loaded = load_onnx(model)
     spec = _require_fp32(loaded, model)
     replayed = None if recipe is None else Recipe.from_file(recipe, spec.config.name)
+    if replayed is not None:
+        options = replace(options, filters=options.filters or replayed.filters)
     work = _Work.of(loaded, spec, options, progress, note)
     if replayed is not None:
         for name in replayed.layers:
             work.candidates.named(name)  # an unknown one is the first thing to hear of
     key = work.key(file_digest(model))
     found = load_record(record, key)
-    measured = found or work.measure(key)
-    exact, equalized = equalize(work.model, work.candidates.all, measured.powers)
-    if replayed is None and not measured.costs:
-        measured = replace(measured, costs=work.costs(exact, measured))
-    if measured is found:
+    if found is not None:
         note(f"took the record {record}")
+        measured = found
     else:
+        measured = work.measure(key)
         measured.save(record)
+    exact, equalized = equalize(work.model, work.candidates.all, measured.powers)
+    if replayed is None:
+        for more in work.costs(exact, measured):
+            more.save(record)  # so that an interruption loses no more than a sample
+            measured = more
+    if measured is not found:
         note(f"wrote the record {record}")
     layers, quality = work.decide(exact, measured, replayed)
     decision = Recipe(
         spec.config.name,
         tuple(c.name for c in work.candidates.all if c.name in layers),
         None if replayed is not None else options.target_db,
+        options.filters,
     )
     result = Calibration(work.candidates, measured, decision, quality, equalized, found is not None)
     facts = {
@@ -237,6 +247,18 @@ def calibrate(
     save_model(quantized, output, {"graph": written, "onnx": source, "calibration": facts})
     atomic_write(recipe_path(output), decision.to_json())
     return result
+
+
+def _require_other_recipe(
+    output: str | os.PathLike[str], recipe: str | os.PathLike[str] | None
+) -> None:
+    """Raise UserError if the output's recipe would replace the one to replay."""
+    try:
+        require_other(recipe_path(output), recipe)
+    except UserError as error:
+        raise UserError(
+            f"'{recipe}' is where the recipe of '{output}' is written: name another output with -o"
+        ) from error
 
 
 def _require_fp32(model: onnx.ModelProto, path: str | os.PathLike[str]) -> GraphSpec:
@@ -285,17 +307,25 @@ class _Work:
         note: Callable[[str], None],
     ) -> _Work:
         """Draw the samples for a model."""
-        pictures = open_pictures(options.images, spec.config.resolution)
-        for reason in pictures.passed_over:
+        front = open_pictures(options.images, spec.config.resolution, options.seed)
+        back = front.backwards()
+        counted = draw_samples(spec, front, options.samples, 2 * options.seed)
+        checks = draw_samples(spec, back, options.checks, 2 * options.seed + 1)
+        for reason in dict.fromkeys([*front.passed_over, *back.passed_over]):
             note(f"passed over: {reason}")
+        shared = {*front.first(options.samples)} & {*back.first(options.checks)}
+        if shared and options.images is not None:
+            note(
+                f"{len(shared)} pictures are in the samples and the checks: with "
+                f"{options.samples + options.checks} pictures or more none is"
+            )
         dense, _ = resample_densely(model)
-        checks = draw_samples(spec, pictures, options.checks, 2 * options.seed + 1)
         return cls(
             model=dense,
             candidates=find_candidates(dense, spec, filters=options.filters),
             options=options,
-            source=pictures.source,
-            counted=draw_samples(spec, pictures, options.samples, 2 * options.seed),
+            source=front.source,
+            counted=counted,
             checks=[sample for sample in checks if sample.hole.any()],
             progress=progress,
         )
@@ -324,12 +354,22 @@ class _Work:
         ranges = choose_ranges(histograms, staged, trials, self.checks, progress)
         return Record(key, powers, ranges, {})
 
-    def costs(self, model: onnx.ModelProto, record: Record) -> dict[str, tuple[float, ...]]:
-        """What each layer of the equalized model costs."""
-        threads = self.options.threads
-        staged = StagedModel(model, self.candidates.all, threads)
-        trials = LayerTrials(model, threads)
-        return measure_costs(staged, trials, record.ranges, self.checks, self.progress)
+    def costs(self, model: onnx.ModelProto, record: Record) -> Iterator[Record]:
+        """The record with what each layer of the equalized model costs in one more sample, until
+        it has all of them."""
+        done, total = record.samples_done(c.name for c in self.candidates.all), len(self.checks)
+        if done >= total:
+            return
+        staged = StagedModel(model, self.candidates.all, self.options.threads)
+        trials = LayerTrials(model, self.options.threads)
+        for i in range(done, total):
+
+            def progress(layer: str, i: int = i) -> None:
+                self.progress(f"costs in sample {i + 1}, {layer}", i, total)
+
+            noises = measure_costs(staged, trials, record.ranges, self.checks[i], progress)
+            record = record.with_costs(i, noises)
+            yield record
 
     def decide(
         self, model: onnx.ModelProto, record: Record, replayed: Recipe | None

@@ -81,7 +81,11 @@ class Candidates:
         for candidate in self.all:
             if candidate.name == name:
                 return candidate
-        raise UserError(f"the model has no layer '{name}' that could be INT8")
+        filters = " (resampling filters and skips could with --filters alone)"
+        raise UserError(
+            f"the model has no layer '{name}' that could be INT8"
+            + (filters if "filter" in self.left_out else "")
+        )
 
     def share(self, names: frozenset[str]) -> float:
         """Which share of the convolutions' operations these layers do."""

@@ -36,11 +36,13 @@ class Recipe:
         network: The network it was made for, by name.
         layers: The INT8 layers, in the graph's order.
         target_db: What their mean PSNR in the hole had to reach, or None.
+        filters: Resampling filters and skips could be INT8 too.
     """
 
     network: str
     layers: tuple[str, ...]
     target_db: float | None = None
+    filters: bool = False
 
     def to_json(self) -> str:
         """JSON that from_file reads back."""
@@ -59,6 +61,8 @@ class Recipe:
             entries = json.loads(Path(path).read_text(encoding="utf-8"))
             version = entries.pop("format")
             recipe = cls(**{**entries, "layers": tuple(map(str, entries["layers"]))})
+            if not isinstance(recipe.filters, bool):
+                raise ValueError(f"filters of {recipe.filters!r}")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"'{path}' is no recipe of 'mat-export calibrate' ({error})") from error
         if version != FORMAT:
@@ -91,7 +95,8 @@ def choose_layers(
         measure: Measures a choice.
 
     Raises:
-        UserError: If not one layer can be INT8 at this target; it tells the best that can be.
+        UserError: If not one layer can be INT8 at this target; it tells what the layer that costs
+            least alone was measured to give.
     """
     choices = _choices(candidates, costs)
     predicted = [predicted_db(costs, choice) for choice in choices]
@@ -106,13 +111,22 @@ def choose_layers(
             meeting = tried
         else:
             failing = tried
-    if meeting == len(choices):
-        best = max(costs, key=lambda name: predicted_db(costs, [name]))
+    if meeting < len(choices):
+        return choices[meeting], measured[meeting]
+    best = frozenset([_cheapest(candidates, costs)])
+    quality = measured[meeting - 1] if best == choices[-1] else measure(best)
+    if quality.mean_db < target_db:
         raise UserError(
-            f"no layer can be INT8 with {target_db:g} dB in the hole: the best that can be reached "
-            f"is {predicted_db(costs, [best]):.1f} dB, with '{best}' alone"
+            f"no layer can be INT8 with {target_db:g} dB in the hole: '{min(best)}' alone, which "
+            f"costs least, was measured at {quality.mean_db:.1f} dB; lower --target-db"
         )
-    return choices[meeting], measured[meeting]
+    return best, quality
+
+
+def _cheapest(candidates: Candidates, costs: Costs) -> str:
+    """The layer that costs least; a sum is none without a convolution that reads its tensor."""
+    layers = [candidate.name for candidate in candidates.all if candidate.kind != "skip"]
+    return max(layers, key=lambda name: predicted_db(costs, [name]))
 
 
 def _choices(candidates: Candidates, costs: Costs) -> list[frozenset[str]]:

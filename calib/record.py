@@ -1,7 +1,9 @@
 """What a calibration measured, in a file: reused while it is of the same model, data and method.
 
 A record says what everything was measured on (its key) and what was found. It holds no times and
-no paths, so that the same calibration gives the same bytes.
+no paths, so that the same calibration gives the same bytes, with as many threads: ONNX Runtime 1.32
+rounds a convolution to a single pixel (mat-tiny-256 has a large one) by how many threads share it.
+Nothing is decided by last digits, so the key does not ask for the number.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,23 @@ class Record:
         key: What they are of: digests of model and samples, seeds, and every option of the method.
         powers: Of each layer's input channels (`calib.equalizing`).
         ranges: Of each tensor.
-        costs: Noise of each layer alone, by sample; empty while no decision needed them.
+        costs: Noise of each layer alone, by sample; empty while no decision needed them, and of the
+            first samples alone where measuring was interrupted.
     """
 
     key: Mapping[str, Any]
     powers: Mapping[str, tuple[int, ...]]
     ranges: Mapping[str, Range]
     costs: Mapping[str, tuple[float, ...]]
+
+    def samples_done(self, layers: Iterable[str]) -> int:
+        """For how many samples, from the first on, the costs of all these layers are known."""
+        return min(len(self.costs.get(name, ())) for name in layers)
+
+    def with_costs(self, sample: int, noises: Mapping[str, float]) -> Record:
+        """The record with what the layers cost in one more sample; those after it are dropped."""
+        costs = {name: (*self.costs.get(name, ())[:sample], n) for name, n in noises.items()}
+        return replace(self, costs=costs)
 
     @property
     def scales(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,71 +48,102 @@ FEWEST_PICTURES = 3
 _TRUNCATIONS = (1.0, 0.5, 1.0, 0.0, 2.0, 1.0)
 """ψ of the samples in turn: mostly the model's own range, and every other that a caller may set."""
 
-_BUILT_IN = "built-in"
+_ORDER = 2
+"""Beside a seed: what the order of pictures is drawn from; samples have 0 and 1."""
 
 
-@dataclass(frozen=True)
 class Pictures:
-    """Where crops come from.
+    """Where crops come from: pictures in a fixed order, each looked at when it is asked for.
+
+    Args:
+        source: The folder's name, or ``built-in``.
+        paths: Files in that order.
+        resolution: Shortest side, in pixels, that a picture must have.
 
     Attributes:
-        source: The folder's name, or ``built-in``.
-        paths: Files that can be read, in the order of their names; names of photographs that come
-            with the package otherwise.
-        passed_over: Files that cannot be used, with the reason, in words.
+        source: As above.
+        passed_over: Files met so far that cannot be used, with the reason, in words.
     """
 
-    source: str
-    paths: tuple[str, ...]
-    passed_over: tuple[str, ...] = ()
+    def __init__(self, source: str, paths: Sequence[str], resolution: int) -> None:
+        self.source, self.passed_over = source, list[str]()
+        self._paths, self._resolution = tuple(paths), resolution
+        self._coming = iter(self._paths)
+        self._usable: list[str] = []
+
+    def first(self, count: int) -> list[str]:
+        """The first so many that can be used, or all of them if there are fewer."""
+        while len(self._usable) < count:
+            path = next(self._coming, None)
+            if path is None:
+                break
+            try:
+                size = self._open(path).size
+            except UserError as error:
+                self.passed_over.append(str(error))
+                continue
+            if min(size) < self._resolution:
+                self.passed_over.append(f"'{path}' has {size[0]}x{size[1]} pixels")
+            else:
+                self._usable.append(path)
+        return self._usable[:count]
 
     def read(self, index: int) -> Image.Image:
-        """A picture, upright, in RGB."""
-        path = self.paths[index]
-        if self.source == _BUILT_IN:
-            return Image.fromarray(photograph(path, 512, 512))
-        return _upright(path)
+        """Of those that can be used the one at this place, upright, in RGB; round and round."""
+        usable = self.first(index + 1)
+        return self._open(usable[index % len(usable)])
+
+    def backwards(self) -> Pictures:
+        """The same from the last one on."""
+        return Pictures(self.source, self._paths[::-1], self._resolution)
+
+    def _open(self, path: str) -> Image.Image:
+        return ImageOps.exif_transpose(read_image(path)).convert("RGB")
 
 
-def open_pictures(folder: str | os.PathLike[str] | None, resolution: int) -> Pictures:
+class _BuiltIn(Pictures):
+    """The photographs of the package: too few to set any aside, so they are the same backwards."""
+
+    def __init__(self) -> None:
+        super().__init__("built-in", PHOTOGRAPHS, 0)
+
+    def backwards(self) -> Pictures:
+        return self
+
+    def _open(self, path: str) -> Image.Image:
+        return Image.fromarray(photograph(path, 512, 512))
+
+
+def open_pictures(
+    folder: str | os.PathLike[str] | None, resolution: int, seed: int = 0
+) -> Pictures:
     """The pictures in a folder and its subfolders; without one, those of the package.
 
     Args:
         folder: Where to look.
         resolution: Shortest side, in pixels, that a picture must have.
+        seed: What their order is drawn from; those of the package keep theirs.
 
     Raises:
         UserError: If there is no such folder, or it has fewer than FEWEST_PICTURES that can be
             used.
     """
     if folder is None:
-        return Pictures(_BUILT_IN, PHOTOGRAPHS)
+        return _BuiltIn()
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"there is no folder '{folder}'")
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in READABLE and p.is_file())
-    usable, passed_over = [], []
-    for path in found:
-        try:
-            size = _upright(path).size
-        except UserError as error:
-            passed_over.append(str(error))
-            continue
-        if min(size) < resolution:
-            passed_over.append(f"'{path}' has {size[0]}x{size[1]} pixels")
-        else:
-            usable.append(str(path))
-    if len(usable) < FEWEST_PICTURES:
+    order = np.random.default_rng([seed, _ORDER]).permutation(len(found))
+    pictures = Pictures(root.resolve().name, [str(found[i]) for i in order], resolution)
+    usable = len(pictures.first(FEWEST_PICTURES))
+    if usable < FEWEST_PICTURES:
         raise UserError(
-            f"'{folder}' has {len(usable)} usable pictures of {len(found)}, and calibration needs "
+            f"'{folder}' has {usable} usable pictures of {len(found)}, and calibration needs "
             f"{FEWEST_PICTURES} or more with {resolution} pixels a side or more"
-            + (f" (the first that is not: {passed_over[0]})" if passed_over else "")
+            + (f" (one that is not: {pictures.passed_over[0]})" if pictures.passed_over else "")
         )
-    return Pictures(root.resolve().name, tuple(usable), tuple(passed_over))
-
-
-def _upright(path: str | os.PathLike[str]) -> Image.Image:
-    return ImageOps.exif_transpose(read_image(path)).convert("RGB")
+    return pictures
 
 
 @dataclass(frozen=True)
@@ -133,7 +164,7 @@ def draw_samples(spec: GraphSpec, pictures: Pictures, count: int, seed: int) -> 
 
     Args:
         spec: What the graph takes. Where its batch is fixed a sample fills it.
-        pictures: Where crops come from.
+        pictures: Where crops come from, one each in their order; all again if there are too few.
         count: How many samples.
         seed: What crops, masks, latents and gates are drawn from.
     """
@@ -173,8 +204,7 @@ def _sample(
 ) -> Sample:
     number = seed * 100_003 + index
     feeds: dict[str, NDArray[Any]] = dict(draw(spec.config, [number], noise=spec.noise == "input"))
-    picture = pictures.read(index % len(pictures.paths))
-    image = _crop(picture, spec.config.resolution, rng)[None]
+    image = _crop(pictures.read(index), spec.config.resolution, rng)[None]
     mask = keep[None].astype(np.uint8) * np.uint8(255)
     feeds["image"], feeds["mask"] = (image, mask) if spec.io == "uint8" else to_unit(image, mask)
     feeds = {name: np.repeat(values, spec.batch or 1, axis=0) for name, values in feeds.items()}

@@ -8,7 +8,7 @@ decision is predicted before it is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from calib.candidates import Candidate
-from calib.ranges import Progress, Range
+from calib.ranges import Range
 from calib.samples import Sample
 from calib.stages import StagedModel, Values, open_session
 from calib.trials import LayerTrials
@@ -63,39 +63,29 @@ def measure_costs(
     model: StagedModel,
     trials: LayerTrials,
     ranges: Mapping[str, Range],
-    samples: Sequence[Sample],
-    progress: Progress,
-) -> dict[str, tuple[float, ...]]:
-    """Noise of each candidate when it alone is INT8, for each sample.
+    sample: Sample,
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """Noise of each candidate when it alone is INT8, for one sample.
 
     Args:
         model: The model.
         trials: Its layers.
         ranges: Of what they read.
-        samples: All with a hole.
-        progress: Called on the way.
+        sample: With a hole.
+        progress: Called with a layer's name now and then.
     """
-    costs: dict[str, list[float]] = {}
-    for i, sample in enumerate(samples):
-        erring: dict[str, NDArray[Any]] = {}
+    erring: dict[str, NDArray[Any]] = {}
 
-        def run_with_error(
-            candidate: Candidate,
-            x: NDArray[np.float32],
-            values: Values,
-            i: int = i,
-            erring: dict[str, NDArray[Any]] = erring,
-        ) -> None:
-            if len(erring) % _SHOWN == 0:
-                progress(f"costs in sample {i + 1}, {candidate.name}", i, len(samples))
-            error = trials.quantized(candidate, x, ranges[candidate.tensor].scale)
-            error = error - trials.exact(candidate, x)
-            erring[candidate.name] = model.with_error(values, candidate, error)
+    def run_with_error(candidate: Candidate, x: NDArray[np.float32], values: Values) -> None:
+        if len(erring) % _SHOWN == 0:
+            progress(candidate.name)
+        error = trials.quantized(candidate, x, ranges[candidate.tensor].scale)
+        error = error - trials.exact(candidate, x)
+        erring[candidate.name] = model.with_error(values, candidate, error)
 
-        output = model.run(sample.feeds, run_with_error)
-        for name, actual in erring.items():
-            costs.setdefault(name, []).append(noise(output, actual, sample.hole))
-    return {name: tuple(values) for name, values in costs.items()}
+    output = model.run(sample.feeds, run_with_error)
+    return {name: noise(output, actual, sample.hole) for name, actual in erring.items()}
 
 
 @dataclass(frozen=True)

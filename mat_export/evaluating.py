@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,13 @@ from mat_torch.data import (
 from mat_torch.evaluation import Evaluation, EvaluationError, Fill, evaluate
 from mat_torch.sampling import draw
 
-__all__ = ["EvaluationSet", "evaluate_all", "runner_fill"]
+if TYPE_CHECKING:
+    from mat_torch.features import MapFeatures, PooledFeatures
+
+__all__ = ["EvaluationSet", "evaluate_all", "names_of", "runner_fill"]
+
+_NAMED = 5
+"""Damaged pictures that a note names; the evaluation has them all."""
 
 
 class EvaluationSet:
@@ -86,6 +94,11 @@ class EvaluationSet:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """Names of the pictures met so far that cannot be read: others took their place."""
+        return tuple(self._items.passed_over)
+
     def picture(self, i: int) -> NDArray[np.float32]:
         """[3, R, R] in [-1, 1]."""
         return np.asarray(self._item(i)["image"].numpy() / np.float32(127.5) - 1, np.float32)
@@ -108,6 +121,18 @@ class EvaluationSet:
             return self._items[i]
         except DataError as error:
             raise UserError(str(error)) from error
+
+
+def names_of(paths: Iterable[Path]) -> dict[Path, str]:
+    """A name for each file: its own, with as many folders before it as tell it from the others."""
+    files = list(dict.fromkeys(paths))
+    names = {}
+    for path in files:
+        others = [other.parts for other in files if other != path]
+        depths = range(1, len(path.parts))
+        apart = (n for n in depths if all(parts[-n:] != path.parts[-n:] for parts in others))
+        names[path] = Path(*path.parts[-next(apart, len(path.parts)) :]).as_posix()
+    return names
 
 
 def runner_fill(runner: Runner, *, truncation: float = 1.0) -> Fill:
@@ -146,7 +171,9 @@ def evaluate_all(
     batch: int = 8,
     seed: int = 0,
     answers: int = 1,
+    device: str = "cpu",
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Evaluation]:
     """Measure each method on the same pictures and masks.
 
@@ -154,26 +181,32 @@ def evaluate_all(
         methods: By name.
         data: The pictures.
         features: Inception weights, for FID; EfficientNet-Lite0 takes its place without.
+            Perceptual distance and diversity are EfficientNet-Lite0's in any case.
         batch: Pictures filled at once.
         seed: Of the answers.
         answers: Fillings of each picture; from two on diversity is measured.
+        device: Where the feature networks run, ``cpu`` or ``cuda``.
         progress: Called with the method, pictures done and their number.
+        note: Called with sentences for the user.
 
     Raises:
-        UserError: If a method fails, or the weights cannot be read.
+        UserError: If a method fails, the weights cannot be read, or a package is missing.
     """
     from mat_torch.features import FeatureError, open_features
-    from mat_torch.metrics import MetricError
+    from mat_torch.metrics import MetricError, require_packages
 
     try:
-        network = open_features("auto", features)
-        return [
+        require_packages()
+        network = open_features("auto", features).to(device)
+        maps = _maps_beside(network, device, note)
+        found = [
             evaluate(
                 fill,
                 data.pictures(),
                 data.masks(),
                 network,
                 name=name,
+                perceptual=maps,
                 batch=batch,
                 seed=seed,
                 answers=answers,
@@ -183,3 +216,23 @@ def evaluate_all(
         ]
     except (EvaluationError, FeatureError, MetricError) as error:
         raise UserError(str(error)) from error
+    damaged = data.passed_over
+    if damaged:
+        named = ", ".join(damaged[:_NAMED]) + (", …" if len(damaged) > _NAMED else "")
+        note(f"passed over {len(damaged)} damaged pictures, others took their place: {named}")
+    return [replace(each, passed_over=damaged) for each in found]
+
+
+def _maps_beside(
+    network: PooledFeatures, device: str, note: Callable[[str], None]
+) -> MapFeatures | None:
+    """What compares pictures place by place: the network itself, or EfficientNet-Lite0."""
+    from mat_torch.features import EfficientNetLite0Features, FeatureError, MapFeatures
+
+    if isinstance(network, MapFeatures):
+        return network
+    try:
+        return EfficientNetLite0Features.load().to(device)
+    except FeatureError as error:
+        note(f"perceptual distance and diversity are left out: {error}")
+        return None

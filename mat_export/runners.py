@@ -33,6 +33,7 @@ __all__ = [
     "read_checkpoint",
     "reason_of",
     "session_options",
+    "torch_device",
 ]
 
 Arrays = dict[str, NDArray[Any]]
@@ -293,11 +294,18 @@ def _existing_file(path: str | os.PathLike[str]) -> str:
     return os.fspath(path)
 
 
-def open_runner(path: str | os.PathLike[str], *, threads: int | None = None) -> Runner:
+def open_runner(
+    path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu"
+) -> Runner:
     """The runner for a model file.
 
     ONNX files run in ONNX Runtime, file types of ``openers`` by theirs, anything else is read as a
     checkpoint.
+
+    Args:
+        path: The file.
+        threads: CPU threads, the runtime's choice if None.
+        device: Where a checkpoint runs, ``cpu`` or ``cuda``.
 
     Raises:
         UserError: If there is no such file or no runner reads it.
@@ -307,7 +315,28 @@ def open_runner(path: str | os.PathLike[str], *, threads: int | None = None) -> 
     opener = opener_of(path)
     if opener is not None:
         return opener(_existing_file(path), threads=threads)
-    return TorchRunner(read_checkpoint(path), threads=threads)
+    return TorchRunner(read_checkpoint(path), threads=threads, device=device)
+
+
+def torch_device(wanted: str = "auto") -> str:
+    """Where PyTorch is to run.
+
+    Args:
+        wanted: ``cpu``, ``cuda``, or ``auto``: ``cuda`` where torch sees a GPU.
+
+    Raises:
+        UserError: If CUDA is asked for and torch sees no GPU.
+    """
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"torch {torch.__version__} sees no GPU here: leave out --device cuda, or see "
+            "'mat-export doctor'"
+        )
+    return wanted
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str = "G_ema") -> Checkpoint:

@@ -6,11 +6,12 @@ precision and recall. Measures of *pictures* compare two batches [B, C, H, W] in
 number a picture: PSNR, SSIM and L1, over the whole picture, or with a mask over its hole.
 
 Masks are [B, 1, H, W], 1 keep and 0 hole. SciPy and scikit-learn are imported where they are used:
-``pip install 'mat-export[train]'`` brings them.
+``pip install 'mat-export[train]'`` brings them, and `require_packages` says so where they are not.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ __all__ = [
     "pairwise_diversity",
     "precision_recall",
     "psnr",
+    "require_packages",
     "ssim",
     "ssim_map",
 ]
@@ -73,6 +75,21 @@ class PrecisionRecall(NamedTuple):
 
     precision: float
     recall: float
+
+
+_PACKAGES = {"scipy.ndimage": "SciPy", "sklearn.svm": "scikit-learn"}
+"""Modules that some of the measures need, and what to call them."""
+
+
+def require_packages() -> None:
+    """Raise MetricError now, rather than after a long evaluation, if a package is missing."""
+    for module, name in _PACKAGES.items():
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise MetricError(
+                f"the measures need {name}, which is not installed: install mat-export[train]"
+            ) from error
 
 
 # -- sets of features ------------------------------------------------------------------------------

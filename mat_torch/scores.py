@@ -104,6 +104,7 @@ class Evaluation:
         overall: Over all pictures.
         bins: By size of the hole; bins without pictures are left out.
         notes: Sentences a reader of the numbers has to know.
+        passed_over: Names of damaged pictures that others took the place of, as far as it is known.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Evaluation:
     overall: Scores
     bins: tuple[Scores, ...]
     notes: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; numbers that are not finite (a PSNR of equal pictures) are None."""
@@ -132,6 +134,7 @@ class Evaluation:
         try:
             overall, *by_bin = map(_scores_from, (plain["overall"], *plain["bins"]))
             found = {**plain, "overall": overall, "bins": tuple(by_bin)}
+            found["passed_over"] = tuple(plain.get("passed_over", ()))
             return cls(**{**found, "notes": tuple(plain["notes"])})
         except (KeyError, TypeError) as error:
             raise EvaluationError(f"these are no scores of an evaluation: {error}") from error
@@ -184,6 +187,8 @@ def _measured_by(evaluation: Evaluation) -> tuple[Any, ...]:
 
 def _caption(evaluation: Evaluation) -> str:
     network = f"Features: {evaluation.features} ({evaluation.features_digest[:8]})."
+    if evaluation.perceptual not in (None, evaluation.features):
+        network += f" Perceptual distance and diversity: {evaluation.perceptual}."
     return (
         "PSNR, SSIM, L1 and perceptual distance are of the hole, in brackets of the whole picture. "
         f"{network}"

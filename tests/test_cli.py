@@ -200,30 +200,39 @@ def test_doctor_names_what_works(run: Run) -> None:
 # -- bad input ------------------------------------------------------------------------------------
 
 BAD = {
-    "missing model": (["parity", "absent.onnx"], "absent.onnx"),
-    "missing checkpoint": (["onnx", "--checkpoint", "absent.pkl"], "absent.pkl"),
-    "garbage checkpoint": (["onnx", "--checkpoint", "garbage.pkl"], "garbage.pkl"),
-    "garbage model": (["parity", "garbage.onnx"], "garbage.onnx"),
+    "missing model": (["parity", "absent.onnx"], "there is no file 'absent.onnx'"),
+    "missing checkpoint": (["onnx", "--checkpoint", "absent.pkl"], "there is no file 'absent.pkl'"),
+    "garbage checkpoint": (["onnx", "--checkpoint", "garbage.pkl"], "garbage.pkl: the pickle "),
+    "garbage model": (["parity", "garbage.onnx"], "is not a readable ONNX model"),
     "unknown preset": (["onnx", "--preset", "mat-1024"], "mat-512, mat-256, mat-tiny-256"),
     "preset without weights": (["onnx", "--preset", "mat-256"], "--random-weights"),
     "two sources": (["onnx", "--checkpoint", "garbage.pkl", "--preset", "mat-256"], "not both"),
-    "negative seed of weights": (["onnx", "--random-weights", "-1"], "seed"),
-    "batch of nothing": (["onnx", "--batch", "0"], "--batch"),
-    "batch in words": (["onnx", "--batch", "many"], "dynamic"),
+    "negative seed of weights": (["onnx", "--random-weights", "-1"], "a seed is a whole number"),
+    "batch of nothing": (["onnx", "--batch", "0"], "a number from 1 up, got '0'"),
+    "batch in words": (["onnx", "--batch", "many"], "is 'dynamic' or a number"),
     "dynamic size, constant noise": (["onnx", "--size", "dynamic"], "--noise input"),
-    "old opset": (["onnx", "--opset", "11"], "17"),
-    "no folder": (["onnx", "-o", "nowhere/mat.onnx"], "nowhere"),
-    "truncation": (["inpaint", "i.png", "m.png", "-o", "o.png", "--truncation", "3"], "0 to 2"),
-    "missing picture": (["inpaint", "absent.png", "m.png", "-o", "o.png"], "absent.png"),
-    "info on garbage": (["info", "garbage.pkl"], "garbage.pkl"),
-    "info on nothing": (["info", "absent"], "absent"),
-    "bench on nothing": (["bench", "absent.onnx"], "absent.onnx"),
+    "old opset": (["onnx", "--opset", "11"], "opset 11 is not from 17"),
+    "no folder": (
+        ["onnx", "-o", "nowhere/mat.onnx"],
+        "'nowhere/mat.onnx' cannot be written: no such file or directory",
+    ),
+    "truncation": (
+        ["inpaint", "i.png", "m.png", "-o", "o.png", "--truncation", "3"],
+        "truncation is from 0 to 2",
+    ),
+    "missing picture": (
+        ["inpaint", "absent.png", "m.png", "-o", "o.png"],
+        "there is no file or folder 'absent.png'",
+    ),
+    "info on garbage": (["info", "garbage.pkl"], "garbage.pkl: the pickle "),
+    "info on nothing": (["info", "absent"], "there is no file 'absent'"),
+    "bench on nothing": (["bench", "absent.onnx"], "there is no file 'absent.onnx'"),
     "parity before an export": (["parity"], "write it with 'mat-export onnx'"),
     "engine before an export": (["trt"], "write it with 'mat-export onnx'"),
     "debug before an export": (["debug"], "write it with 'mat-export onnx'"),
     "convert to nowhere": (
         ["convert", "--random-weights", "0", "-o", "nowhere/x.safetensors"],
-        "nowhere",
+        "'nowhere/x.safetensors' cannot be written: no such file or directory",
     ),
     "convert onto itself": (["convert", "garbage.pkl", "-o", "garbage.pkl"], "is an input"),
     "sheet over the picture": (
@@ -232,18 +241,27 @@ BAD = {
     ),
     "sheet of no format": (
         ["inpaint", "i.png", "m.png", "-o", "o.png", "--sheet", "s.xyz"],
-        ".xyz",
+        "has the suffix '.xyz'; allowed are",
     ),
     "figures over the model": (["parity", "garbage.onnx", "--json", "garbage.onnx"], "is an input"),
-    "figures nowhere": (["parity", "garbage.onnx", "--json", "nowhere/figures"], "nowhere"),
-    "page in a file": (["parity", "garbage.onnx", "--report", "garbage.pkl"], "garbage.pkl"),
-    "empty model": (["info", "empty.onnx"], "empty"),
+    "figures nowhere": (
+        ["parity", "garbage.onnx", "--json", "nowhere/figures"],
+        "'nowhere/figures' cannot be written: no such file or directory",
+    ),
+    "page in a file": (
+        ["parity", "garbage.onnx", "--report", "garbage.pkl"],
+        "cannot make the folder 'garbage.pkl'",
+    ),
+    "empty model": (["info", "empty.onnx"], "it is empty"),
     "odd JSON": (["info", "odd.json"], "no manifest"),
     "deep JSON": (["info", "deep.json"], "not readable JSON"),
-    "sizes differ": (["inpaint", "i.png", "large.png", "-o", "o.png"], "9"),
+    "sizes differ": (
+        ["inpaint", "i.png", "large.png", "-o", "o.png"],
+        "8x8 pixels and the mask 9x9",
+    ),
     "garbage model to inpaint": (
         ["inpaint", "i.png", "m.png", "-o", "o.png", "--model", "garbage.onnx"],
-        "garbage.onnx",
+        "ONNX Runtime cannot load 'garbage.onnx'",
     ),
 }
 

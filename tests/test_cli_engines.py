@@ -519,16 +519,19 @@ def test_doctor_tells_of_every_backend(
 # -- bad input ------------------------------------------------------------------------------------
 
 BAD = {
-    "two precisions": (["trt", "m.onnx", "--fp16", "--bf16"], "--fp16 and --bf16"),
-    "no model": (["trt", "absent.onnx", "--target", "sm_89"], "absent.onnx"),
-    "garbage": (["trt", "garbage.onnx", "--target", "sm_89"], "garbage.onnx"),
+    "two precisions": (["trt", "m.onnx", "--fp16", "--bf16"], "give one precision, got --fp16"),
+    "no model": (["trt", "absent.onnx", "--target", "sm_89"], "there is no file 'absent.onnx'"),
+    "garbage": (["trt", "garbage.onnx", "--target", "sm_89"], "is not a readable ONNX model"),
     "unknown target": (["trt", "m.onnx", "--target", "sm_70"], "sm_89"),
-    "target in words": (["trt", "m.onnx", "--target", "ada"], "sm_"),
+    "target in words": (["trt", "m.onnx", "--target", "ada"], "a target is a GPU generation"),
     "batch in words": (["trt", "m.onnx", "--batch", "many"], "min:opt:max"),
-    "batch backwards": (["trt", "m.onnx", "--batch", "8:4:1"], "8"),
-    "size in words": (["trt", "m.onnx", "--size", "large"], "large"),
+    "batch backwards": (["trt", "m.onnx", "--batch", "8:4:1"], "a batch range rises from 1 up"),
+    "size in words": (["trt", "m.onnx", "--size", "large"], "; got 'large'"),
     "level": (["trt", "m.onnx", "--level", "9"], "0 to 5"),
-    "no folder": (["trt", "m.onnx", "--target", "sm_89", "-o", "nowhere/x.plan"], "nowhere"),
+    "no folder": (
+        ["trt", "m.onnx", "--target", "sm_89", "-o", "nowhere/x.plan"],
+        "'nowhere/x.plan' cannot be written: no such file or directory",
+    ),
     "over the model": (["trt", "m.onnx", "--target", "sm_89", "-o", "m.onnx"], "is an input"),
     "a name of no engine": (["trt", "m.onnx", "-o", "mat.trt"], "ends in .plan or .engine"),
     "no ending": (["trt", "m.onnx", "-o", "mat"], "ends in .plan or .engine"),
@@ -563,7 +566,7 @@ BAD = {
         "--batch dynamic",
     ),
     "typed already": (["trt", "typed.onnx", "--target", "sm_89"], "fp16 already"),
-    "missing engine": (["parity", "absent.plan"], "absent.plan"),
+    "missing engine": (["parity", "absent.plan"], "there is no file 'absent.plan'"),
     "engine without papers": (["parity", "bare.plan"], "no manifest"),
     "engine without papers to run": (
         ["inpaint", "m.onnx", "m.onnx", "-o", "o.png", "--model", "bare.plan"],
@@ -572,7 +575,10 @@ BAD = {
     "engine without papers to time": (["bench", "bare.plan"], "no manifest"),
     "engine without papers to look at": (["info", "bare.plan"], "no manifest"),
     "engine with broken papers": (["parity", "broken.plan"], "unreadable"),
-    "refit of nothing": (["refit", "absent.plan", "--checkpoint", "m.onnx"], "absent.plan"),
+    "refit of nothing": (
+        ["refit", "absent.plan", "--checkpoint", "m.onnx"],
+        "there is no file 'absent.plan'",
+    ),
     "refit onto its weights": (
         ["refit", "bare.plan", "--checkpoint", "m.onnx", "-o", "m.onnx"],
         "is an input",
@@ -581,11 +587,17 @@ BAD = {
         ["refit", "bare.plan", "--checkpoint", "m.onnx", "-o", "new.trt"],
         "ends in .plan or .engine",
     ),
-    "debug of nothing": (["debug", "absent.onnx"], "absent.onnx"),
+    "debug of nothing": (["debug", "absent.onnx"], "there is no file 'absent.onnx'"),
     "debug without TensorRT": (["debug", "m.onnx", "--backend", "tensorrt"], "mat-export[trt]"),
-    "debug with a negative tolerance": (["debug", "m.onnx", "--tolerance", "-1"], "tolerance"),
+    "debug with a negative tolerance": (
+        ["debug", "m.onnx", "--tolerance", "-1"],
+        "a tolerance is a finite number from 0 up",
+    ),
     "recording over the model": (["parity", "m.onnx", "--record", "m.onnx"], "is an input"),
-    "recording of garbage": (["parity", "m.onnx", "--reference", "garbage.npz"], "garbage.npz"),
+    "recording of garbage": (
+        ["parity", "m.onnx", "--reference", "garbage.npz"],
+        "'garbage.npz' is no recording",
+    ),
 }
 
 

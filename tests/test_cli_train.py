@@ -171,14 +171,17 @@ def test_of_several_processes_one_speaks(
         (["--preset", "large"], "unknown training preset 'large'"),
         (["--set", "batch=many"], "batch is a whole number, got 'many'"),
         (["--set", "size=3"], "sets nothing"),
-        (["--set", "betas=0.5"], "betas"),
-        (["--network", "mat-64"], "mat-64"),
-        (["--share", "0.5"], "LOW:HIGH"),
-        (["--share", "0.9:0.1"], "share"),
-        (["--jitter", "2"], "jitter"),
-        (["--set", "perceptual_weight=0.1", "--vgg", "absent.pth"], "absent.pth"),
+        (["--set", "betas=0.5"], "betas is a pair"),
+        (["--network", "mat-64"], "unknown preset 'mat-64'; known: mat-512"),
+        (["--share", "0.5"], "--share is LOW:HIGH"),
+        (["--share", "0.9:0.1"], "share is a range of shares within 0 … 1"),
+        (["--jitter", "2"], "jitter is at least 0 and less than 1, got 2"),
+        (
+            ["--set", "perceptual_weight=0.1", "--vgg", "absent.pth"],
+            r"absent.pth: cannot be read \(No such file",
+        ),
         (["--init", "absent.pkl"], "absent.pkl: there is no such file"),
-        (["--export", "absent/model.safetensors"], "absent"),
+        (["--export", "absent/model.safetensors"], "cannot be written: no such file or directory"),
     ],
 )
 def test_bad_settings_are_a_sentence(
@@ -191,7 +194,7 @@ def test_bad_settings_are_a_sentence(
 
 def test_an_empty_folder_is_a_sentence(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="there is no picture in '"):
         train("--data", tmp_path / "empty", "--preset", "quick", "-o", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

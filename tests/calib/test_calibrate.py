@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from PIL import Image
 from rtx_plan import convolution_work, read_plan
 from small_calibration import NETWORK, OPTIONS
 from typer.testing import CliRunner
@@ -24,12 +25,15 @@ from calib.calibrate import (
     recipe_path,
     record_path,
 )
+from calib.candidates import find_candidates
 from calib.recipe import Recipe
+from calib.samples import Pictures, Sample
 from mat_export.contract import GraphSpec, UserError
 from mat_export.engine_graph import calibration_of, prepare_engine_graph
 from mat_export.inspection import describe
 from mat_export.manifest import manifest_path, read_manifest
 from mat_export.parity import RegionError, check_parity, open_candidate
+from mat_export.resampling import resample_densely
 from mat_export.suite import cases
 
 Quantized = tuple[Path, Calibration]
@@ -95,6 +99,67 @@ def test_the_same_inputs_give_the_same_bytes(
     for one in (path, record_path(path), recipe_path(path)):
         assert (tmp_path / one.name).read_bytes() == one.read_bytes(), one.name
     assert result.to_dict() == done.to_dict()
+
+
+def test_the_default_number_of_threads_gives_the_same_bytes(
+    small_calibration: Quantized, small_fp32: Path, tmp_path: Path
+) -> None:
+    """Of this network any number does; of others as many alone (`calib.record`)."""
+    path, _ = small_calibration
+    calibrate(small_fp32, tmp_path / path.name, replace(OPTIONS, threads=None))
+    for one in (path, record_path(path), recipe_path(path)):
+        assert (tmp_path / one.name).read_bytes() == one.read_bytes(), one.name
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
+    small_calibration: Quantized, small_fp32: Path, tmp_path: Path
+) -> None:
+    path, _ = small_calibration
+    output, told = tmp_path / path.name, list[str]()
+
+    def interrupted(what: str, done: int, total: int) -> None:
+        if what.startswith("costs in sample 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(small_fp32, output, OPTIONS, progress=interrupted)
+    assert list(tmp_path.iterdir()) == [record_path(output)]
+    kept = json.loads(record_path(output).read_text())["costs"]
+    assert {len(noises) for noises in kept.values()} == {2}
+    calibrate(small_fp32, output, OPTIONS, progress=lambda what, *_: told.append(what))
+    assert told[0].startswith("costs in sample 3"), "ranges and two samples are there"
+    for one in (path, record_path(path), recipe_path(path)):
+        assert (tmp_path / one.name).read_bytes() == one.read_bytes(), one.name
+
+
+@pytest.mark.parametrize(("pictures", "shared"), [(12, 0), (8, 4)])
+def test_checks_are_of_other_pictures_where_there_are_enough(
+    small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, shared: int
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(pictures):
+        Image.new("RGB", (128, 128), (i, i, i)).save(images / f"{i}.png")
+    drawn: list[set[str]] = []
+    notes: list[str] = []
+
+    def draw(spec: GraphSpec, pictures: Pictures, count: int, seed: int) -> list[Sample]:
+        drawn.append({*pictures.first(count)})
+        return []
+
+    def stop(model: onnx.ModelProto) -> None:
+        raise UserError("drawn")
+
+    monkeypatch.setattr("calib.calibrate.draw_samples", draw)
+    monkeypatch.setattr("calib.calibrate.resample_densely", stop)
+    options = replace(OPTIONS, images=images)
+    with pytest.raises(UserError, match="drawn"):
+        calibrate(small_fp32, tmp_path / "out.onnx", options, note=notes.append)
+    counted, checks = drawn
+    assert len(counted) == len(checks) == 6
+    assert len(counted & checks) == shared
+    said = ["4 pictures are in the samples and the checks: with 12 pictures or more none is"]
+    assert notes == (said if shared else [])
 
 
 def test_a_record_is_reused_and_a_recipe_replayed(
@@ -302,6 +367,30 @@ def test_a_recipe_with_a_layer_the_model_lacks_is_refused(small_fp32: Path, tmp_
     recipe.write_text(Recipe(NETWORK.name, ("nowhere/Conv",)).to_json())
     with pytest.raises(UserError, match="no layer 'nowhere/Conv'"):
         calibrate(small_fp32, tmp_path / "out.onnx", OPTIONS, recipe=recipe)
+
+
+def test_a_recipe_says_that_filters_were_allowed(small_fp32: Path, tmp_path: Path) -> None:
+    dense, _ = resample_densely(onnx.load(small_fp32))
+    spec = GraphSpec.of_model(dense)
+    assert spec is not None
+    found = find_candidates(dense, spec, filters=True).all
+    layers = next(c.name for c in found if c.kind == "filter"), found[0].name
+    recipe, output = tmp_path / "recipe.json", tmp_path / "out.onnx"
+    recipe.write_text(Recipe(NETWORK.name, layers).to_json())
+    with pytest.raises(UserError, match=r"no layer .* \(resampling filters .* with --filters"):
+        calibrate(small_fp32, output, OPTIONS, recipe=recipe)
+    recipe.write_text(Recipe(NETWORK.name, layers, filters=True).to_json())
+    done = calibrate(small_fp32, output, OPTIONS, recipe=recipe)
+    assert {*done.recipe.layers} == {*layers}
+    assert Recipe.from_file(recipe_path(output), NETWORK.name).filters
+
+
+def test_a_recipe_is_not_replaced_by_its_replay(small_fp32: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mat-int8.recipe.json"
+    recipe.write_text(Recipe(NETWORK.name, ("any/Conv",)).to_json())
+    words = r"is where the recipe of '.*mat-int8\.onnx' is written: name another output with -o"
+    with pytest.raises(UserError, match=words):
+        calibrate(small_fp32, tmp_path / "mat-int8.onnx", OPTIONS, recipe=recipe)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,40 @@ def test_the_fewest_drops_that_meet_the_target_are_found(target: float, worse_by
     assert len(tries) < len(COSTS) + 3
 
 
-def test_what_cannot_be_met_tells_the_best_that_can() -> None:
-    with pytest.raises(UserError, match=r"no layer can be INT8 with 90 dB .* is 58\.5 dB"):
-        choose_layers(CANDIDATES, COSTS, 90.0, measured(0.0, []))
+def test_what_cannot_be_met_tells_what_was_measured() -> None:
+    tries: list[frozenset[str]] = []
+    words = r"no layer can be INT8 with 90 dB .*'cheap' alone, .* was measured at 55\.5 dB"
+    with pytest.raises(UserError, match=words):
+        choose_layers(CANDIDATES, COSTS, 90.0, measured(3.0, tries))
+    assert len(tries) == len(set(tries)), "nothing is measured twice"
+
+
+QUIET = {"quiet": (1e-6, 1e-6), "useful": (1e-4, 1e-4), "skip": (1e-9, 1e-9)}
+
+
+@pytest.mark.parametrize(("lost", "found"), [(0.0, 60.0), (20.0, 40.0)])
+def test_the_layer_that_costs_least_is_measured_before_all_are_refused(
+    lost: float, found: float
+) -> None:
+    """It goes first, for it saves nothing; a sum that costs less is none without a convolution."""
+    layers = (
+        replace(candidate("quiet", tensor="t"), gain=1e-9),
+        replace(candidate("useful", tensor="u"), gain=0.5),
+        candidate("skip", "skip", "t"),
+    )
+
+    def measure(names: frozenset[str]) -> Quality:
+        value = predicted_db(QUIET, names) - lost
+        return Quality(value, value)
+
+    candidates = Candidates(layers, 3.0, {})
+    if found >= 50.0:
+        chosen, quality = choose_layers(candidates, QUIET, 50.0, measure)
+        assert chosen == {"quiet"}
+        assert quality.mean_db == pytest.approx(found)
+    else:
+        with pytest.raises(UserError, match=rf"'quiet' alone, .* measured at {found:.1f} dB"):
+            choose_layers(candidates, QUIET, 50.0, measure)
 
 
 def test_a_skip_goes_with_the_last_layer_that_quantizes_its_tensor() -> None:
@@ -81,10 +113,16 @@ def test_a_skip_goes_with_the_last_layer_that_quantizes_its_tensor() -> None:
 
 
 def test_a_recipe_goes_through_its_file(tmp_path: Path) -> None:
-    recipe = Recipe("mat-512", ("a/Conv", "b/Conv"), 35.0)
+    recipe = Recipe("mat-512", ("a/Conv", "b/Conv"), 35.0, filters=True)
     path = tmp_path / "recipe.json"
     path.write_text(recipe.to_json())
     assert Recipe.from_file(path, "mat-512") == recipe
+
+
+def test_a_recipe_that_does_not_speak_of_filters_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text('{"format": 1, "network": "mat-512", "layers": ["a"], "target_db": 35.0}')
+    assert Recipe.from_file(path, "mat-512") == Recipe("mat-512", ("a",), 35.0)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +132,7 @@ def test_a_recipe_goes_through_its_file(tmp_path: Path) -> None:
         ("[]", "no recipe"),
         ('{"format": 1, "network": "mat-512"}', "no recipe"),
         ('{"format": 1, "network": "mat-512", "layers": 3}', "no recipe"),
+        ('{"format": 1, "network": "mat-512", "layers": ["a"], "filters": 1}', "no recipe"),
         ('{"format": 2, "network": "mat-512", "layers": []}', "of version 2"),
         ('{"format": 1, "network": "mat-256", "layers": []}', "for mat-256, the model is mat-512"),
         ('{"format": 1, "network": "mat-512", "layers": []}', "names no layer"),
@@ -113,4 +152,5 @@ def test_a_missing_recipe_is_said(tmp_path: Path) -> None:
 
 def test_a_recipe_is_plain_json() -> None:
     entries = json.loads(Recipe("n", ("a",)).to_json())
-    assert entries == {"format": 1, "network": "n", "layers": ["a"], "target_db": None}
+    expected = {"format": 1, "network": "n", "layers": ["a"], "target_db": None, "filters": False}
+    assert entries == expected

@@ -73,6 +73,19 @@ def test_another_file_is_refused(path: Path, text: str) -> None:
         load_record(path, KEY)
 
 
+def test_costs_come_in_sample_by_sample(path: Path) -> None:
+    layers = ["a/Conv", "b/Conv"]
+    record = replace(RECORD, costs={})
+    assert record.samples_done(layers) == 0
+    for i in range(2):
+        record = record.with_costs(i, {"a/Conv": 0.5 * i, "b/Conv": 1.0})
+        assert record.samples_done(layers) == i + 1
+    assert record.costs == {"a/Conv": (0.0, 0.5), "b/Conv": (1.0, 1.0)}
+    uneven = replace(record, costs={**record.costs, "b/Conv": (1.0,)})
+    assert uneven.samples_done(layers) == 1
+    assert uneven.with_costs(1, {"a/Conv": 0.5, "b/Conv": 1.0}) == record
+
+
 def test_a_record_without_costs_goes_through_its_file(path: Path) -> None:
     without = replace(RECORD, costs={})
     without.save(path)

@@ -12,12 +12,14 @@ from small import SMALL
 from calib.samples import (
     FEWEST_PICTURES,
     STRATA,
+    Pictures,
     Sample,
     digest_of,
     draw_samples,
     open_pictures,
 )
 from mat_export.contract import GraphSpec, UserError, check_inputs
+from mat_export.images import read_image
 
 SPEC = GraphSpec(SMALL)
 OURS = open_pictures(None, 128)
@@ -85,12 +87,69 @@ def test_a_folder_is_searched_through_and_what_cannot_be_used_is_named(tmp_path:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
     (tmp_path / "notes.txt").write_text("no picture")
     pictures = open_pictures(tmp_path, 128)
-    assert [Path(path).name for path in pictures.paths] == ["0.png", "1.png", "2.png"]
+    assert sorted(Path(path).name for path in pictures.first(9)) == ["0.png", "1.png", "2.png"]
     small, broken = sorted(pictures.passed_over, key=lambda text: "broken" in text)
     assert "127x400" in small
     assert "broken.jpg" in broken
     assert pictures.source == tmp_path.name
     draw_samples(SPEC, pictures, 2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two dozen pictures."""
+    path = tmp_path_factory.mktemp("pictures")
+    for i in range(24):
+        write(path, f"{i:02}.png", (128, 130), i)
+    return path
+
+
+def test_the_order_of_pictures_is_that_of_the_seed(folder: Path) -> None:
+    by_name = sorted(str(path) for path in folder.iterdir())
+    order = open_pictures(folder, 128, 1).first(24)
+    assert sorted(order) == by_name
+    assert order[:6] == open_pictures(folder, 128, 1).first(6)
+    assert order[:6] != open_pictures(folder, 128, 2).first(6)
+    assert order[:6] != by_name[:6]
+    once, longer = (
+        draw_samples(SPEC, open_pictures(folder, 128, 1), count, seed=5) for count in (3, 7)
+    )
+    assert digest_of(longer[:3]) == digest_of(once)
+    named = draw_samples(SPEC, Pictures(folder.name, by_name, 128), 3, seed=5)
+    assert digest_of(named) != digest_of(once), "records of pictures by name are refused"
+
+
+def test_backwards_come_other_pictures_while_there_are_enough(folder: Path) -> None:
+    front = open_pictures(folder, 128)
+    back = front.backwards()
+    assert not {*front.first(16)} & {*back.first(8)}
+    assert len({*front.first(16)} & {*back.first(9)}) == 1
+    assert front.first(99) == back.first(99)[::-1]
+    assert OURS.backwards() is OURS
+
+
+def test_pictures_that_no_sample_needs_are_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[str] = set()
+
+    def reading(path: str) -> Image.Image:
+        read.add(path)
+        return read_image(path)
+
+    monkeypatch.setattr("calib.samples.read_image", reading)
+    pictures = open_pictures(folder, 128)
+    draw_samples(SPEC, pictures, 6, seed=0)
+    assert read == {*pictures.first(6)}
+
+
+def test_too_few_pictures_come_again(tmp_path: Path) -> None:
+    for i in range(FEWEST_PICTURES):
+        write(tmp_path, f"{i}.png", (128, 128), i)
+    pictures = open_pictures(tmp_path, 128)
+    first, again = (np.asarray(pictures.read(i)) for i in (1, FEWEST_PICTURES + 1))
+    assert (first == again).all()
+    assert (first != np.asarray(pictures.read(2))).any()
 
 
 def test_pictures_are_upright_rgb(tmp_path: Path) -> None:
