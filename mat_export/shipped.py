@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mat_export.console import note
-from mat_export.files import cache_folder
+from mat_export.contract import UserError
 
 __all__ = ["PRESET", "SHIPPED", "shipped_model"]
 
@@ -19,22 +18,12 @@ SHIPPED = Path(__file__).parent / "data" / f"{PRESET}.safetensors"
 def shipped_model() -> Path:
     """Where its weights are.
 
-    While they are still in training, a file of untrained ones in the user's cache folder stands in
-    for them, and a note says so.
+    Raises:
+        UserError: If they are missing from the installation.
     """
-    if SHIPPED.is_file():
-        return SHIPPED
-    note(f"the weights of {PRESET} are untrained in this version: pictures will be noise")
-    return _stand_in()
-
-
-def _stand_in() -> Path:
-    """Untrained weights of seed 0, written once."""
-    from mat_torch.checkpoint import random_checkpoint, save_checkpoint
-    from mat_torch.config import preset
-
-    path = cache_folder() / "untrained" / SHIPPED.name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(random_checkpoint(preset(PRESET), 0), path, dtype="float16")
-    return path
+    if not SHIPPED.is_file():
+        raise UserError(
+            f"the weights of {PRESET} are missing from this installation ('{SHIPPED}'): install "
+            "mat-export again, or name a model"
+        )
+    return SHIPPED

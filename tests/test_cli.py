@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from PIL import Image
 from small import SMALL
 
@@ -112,8 +114,12 @@ def test_parity_passes_on_the_export_and_writes_its_figures(
 def test_parity_exits_with_1_where_models_differ(
     run: Run, small_onnx: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other.safetensors"
-    save_checkpoint(random_checkpoint(SMALL, 9), other)
+    other = tmp_path / "other.onnx"
+    model = onnx.load(small_onnx)
+    for weight in (t for t in model.graph.initializer if len(t.dims) == 4):
+        values = numpy_helper.to_array(weight) * np.float32(1.1)
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, other)
     figures = tmp_path / "parity.json"
     code, out, error = run("parity", other, "--reference", small_onnx, "--json", figures)
     assert code == 1
@@ -122,6 +128,16 @@ def test_parity_exits_with_1_where_models_differ(
     verdict = json.loads(figures.read_text())
     assert verdict["passed"] is False
     assert any("relative error" in text for text in verdict["cases"][0]["failures"])
+
+
+def test_parity_refuses_a_reference_of_other_weights(
+    run: Run, small_onnx: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(random_checkpoint(SMALL, 9), other)
+    code, _, error = run("parity", other, "--reference", small_onnx)
+    one_sentence(code, error)
+    assert "does not hold the candidate's weights" in error
 
 
 # -- inpaint, bench, info, doctor -----------------------------------------------------------------

@@ -103,7 +103,8 @@ def test_what_cannot_be_made_is_said(
 # -- the card that ships --------------------------------------------------------------------------
 
 pages = pytest.mark.skipif(
-    not SHIPPED.is_file(), reason="the model is still in training: it has no card yet"
+    not (BENCHMARKS.parent / "docs" / "model-card.md").is_file(),
+    reason="the model has no card yet: its evaluation is still to be stored",
 )
 
 

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import cli
 from mat_export import shipped
+from mat_export.contract import UserError
 from mat_export.evaluating import runner_fill
 from mat_export.runners import TorchRunner, read_checkpoint
 from mat_export.suite import PHOTOGRAPHS, photograph
 from mat_torch import Checkpoint, load_checkpoint
-from mat_torch.checkpoint import random_checkpoint, save_checkpoint
 from mat_torch.config import preset
 from mat_torch.metrics import psnr
 
@@ -56,12 +56,7 @@ def picture(tmp_path: Path) -> tuple[Path, Path]:
 
 # -- the file itself ------------------------------------------------------------------------------
 
-trained = pytest.mark.skipif(
-    not shipped.SHIPPED.is_file(), reason="the model is still in training: its weights do not ship"
-)
 
-
-@trained
 def test_it_is_there_and_small_and_carries_its_configuration() -> None:
     path = shipped.shipped_model()
     assert path.stat().st_size <= LARGEST
@@ -72,7 +67,6 @@ def test_it_is_there_and_small_and_carries_its_configuration() -> None:
     assert load_checkpoint(path).config == preset(shipped.PRESET)
 
 
-@trained
 def test_it_fills_photographs_better_than_it_did_untrained(tiny_checkpoint: Checkpoint) -> None:
     side = preset(shipped.PRESET).resolution
     images = np.stack([photograph(name, side, side).transpose(2, 0, 1) for name in PHOTOGRAPHS])
@@ -130,15 +124,11 @@ def test_untrained_weights_are_still_to_be_had(run: Run, tmp_path: Path) -> None
     assert load_checkpoint(tmp_path / "random.safetensors").config == preset(shipped.PRESET)
 
 
-def test_without_it_untrained_weights_stand_in_and_every_command_says_so(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_it_is_missing_a_sentence_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "absent" / "mat-tiny-256.safetensors")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    said = run("convert", "-o", "x.safetensors")
-    assert "untrained" in said
-    expected = random_checkpoint(preset(shipped.PRESET), 0)
-    save_checkpoint(expected, tmp_path / "y.safetensors", dtype="float16")
-    digests = {load_checkpoint(tmp_path / f"{name}.safetensors").digest for name in "xy"}
-    assert len(digests) == 1
-    assert "untrained" in run("info")
+    with pytest.raises(
+        UserError, match=r"missing from this installation .* install mat-export again"
+    ):
+        shipped.shipped_model()
