@@ -4,9 +4,10 @@
 
 The card (`docs/model-card.md`) and the credits that ship beside the weights have sections between
 ``<!-- NAME from FILE -->`` and ``<!-- end -->``, made from JSON files of the repository: what
-``quality.py`` and ``training_curves.py --json`` wrote, and the list that ``mat_torch.photographs``
-wrote. All sections are written again; a FILE that is given, within the repository, takes the place
-of the one that a section named before. A test holds card and files together.
+``quality.py`` (or printed: a Markdown file is taken as it is) and ``training_curves.py --json``
+wrote, and the list that ``mat_torch.photographs`` wrote. All sections are written again; a FILE
+that is given, within the repository, takes the place of the one that a section named before. A test
+holds card and files together.
 """
 
 from __future__ import annotations
@@ -148,7 +149,9 @@ def rendered(
         if file == _NOWHERE:
             return match[0]
         try:
-            content = sections[name](json.loads((ROOT / file).read_text(encoding="utf-8")))
+            source = (ROOT / file).read_text(encoding="utf-8")
+            printed = file.endswith(".md")
+            content = source.strip() if printed else sections[name](json.loads(source))
         except (OSError, ValueError, KeyError, TypeError, EvaluationError) as error:
             raise UserError(
                 f"the section '{name}' cannot be made from '{file}': {error}"

