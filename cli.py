@@ -135,6 +135,9 @@ class Hole(str, Enum):
     white = "white"
 
 
+BuildableArgument = Annotated[
+    Path, typer.Argument(help="An FP32 file of 'mat-export onnx', or one of 'calibrate'.")
+]
 CheckpointOption = Annotated[
     Path | None,
     typer.Option(
@@ -311,9 +314,7 @@ def calibrate(
 
 @app.command()
 def trt(
-    model: Annotated[
-        Path, typer.Argument(help="An FP32 file of 'mat-export onnx', or one of 'calibrate'.")
-    ] = DEFAULT_ONNX,
+    model: BuildableArgument = DEFAULT_ONNX,
     output: Annotated[Path, typer.Option("-o", "--output", help="The engine to write.")] = Path(
         "mat.plan"
     ),
@@ -617,9 +618,7 @@ def refit(
 
 @app.command()
 def lower(
-    model: Annotated[
-        Path, typer.Argument(help="An FP32 file of 'mat-export onnx', or one of 'calibrate'.")
-    ] = DEFAULT_ONNX,
+    model: BuildableArgument = DEFAULT_ONNX,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="[default: the model's name and the precision]"),

@@ -115,8 +115,10 @@ def bench(
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    packages = ["torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy"]
-    packages += ["mat-export"]
+    packages = (
+        *("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy"),
+        "mat-export",
+    )
     versions = {name: package_version(name) for name in packages}
     return {
         "cpu": _cpu_name(),

@@ -15,14 +15,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from skimage import data
-from torch import Tensor, nn
+from test_evaluation import Colours
 from typer.testing import CliRunner
 
 import cli
 from mat_export.contract import UserError
 from mat_export.evaluating import EvaluationSet, evaluate_all, names_of, runner_fill
 from mat_export.runners import OrtRunner, TorchRunner, torch_device
-from mat_torch.features import PooledFeatures
 from mat_torch.scores import Evaluation
 
 
@@ -88,19 +87,10 @@ def test_files_are_told_apart_by_as_few_folders_as_that_takes(
     assert list(names_of(map(Path, paths)).values()) == names
 
 
-class Pooled(PooledFeatures):
+class Pooled(Colours):
     """A network without maps, as Inception is."""
 
-    name, digest = "Pooled", "0" * 64
-    frechet_name = "FID"
-    dimensions = 12
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
-
-    def pooled(self, images: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1) * self.scale
+    name, frechet_name = "Pooled", "FID"
 
 
 def noise(image: NDArray[Any], mask: NDArray[Any], seeds: Sequence[int]) -> NDArray[np.float32]:
