@@ -381,6 +381,13 @@ def trt(
     timing_cache: Annotated[
         Path | None, typer.Option(help="Kernel timings. [default: in the user's cache folder]")
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLAN",
+            help="Time the engine beside this one of the same network, and say which is faster.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even what is built.")] = False,
 ) -> None:
     """Build a TensorRT engine of an exported model."""
@@ -415,6 +422,7 @@ def trt(
         mask_states,
         plugin_library,
         timing_cache,
+        compare,
         force,
     )
 
@@ -427,19 +435,24 @@ def _build(
     mask_states: bool,
     plugin_library: Path | None,
     timing_cache: Path | None,
+    compare: Path | None,
     force: bool,
 ) -> None:
     """What `trt` does, its options read."""
     from engines.backend import open_backend
     from engines.choice import build_chosen, find_library
+    from engines.comparison import check_comparable, compare_engines
+    from engines.profiles import best_of
+    from mat_export.bench import example_inputs
     from mat_export.console import note, tracker
-    from mat_export.engine_graph import calibration_of, prepare_model
+    from mat_export.engine_graph import calibration_of, prepare_model, spec_of
     from mat_export.files import file_digest, require_other, require_writable
     from mat_export.manifest import manifest_path
     from mat_export.parity import load_onnx
 
     require_other(output, model, manifest_path(model))
     require_other(manifest_path(output), model, manifest_path(model))
+    require_other(output, compare)
     _require_engine_name(output)
     require_writable(output)
     if timing_cache is not None:
@@ -449,6 +462,8 @@ def _build(
     if timing_cache is not None and not found.has_timing_cache:
         note(f"{found.label} times no kernels: --timing-cache is not used")
     loaded = load_onnx(model)
+    spec = spec_of(loaded, f"'{model}'")
+    other = None if compare is None else check_comparable(spec, options, compare)
     with tracker("plugins") as progress:
         library, why = find_library(
             found, options, precision.value, plugin_library, progress=progress
@@ -504,6 +519,13 @@ def _build(
             f"against '{model}'; try another precision"
         )
         raise typer.Exit(1)
+    if other is not None:
+        note(str(compare_engines(output, other, example_inputs(spec, *best_of(spec, options)))))
+    elif precision is Precision.int8 and not options.target:
+        note(
+            "whether INT8 is the faster one is for the GPU to say: build --fp16 of the FP32 file "
+            "too, and name that engine with --compare"
+        )
     note(f"prove it: mat-export parity {output}")
 
 

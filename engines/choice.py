@@ -32,7 +32,7 @@ from engines.options import BuildOptions, Size
 from engines.papers import open_plan, save_engine
 from engines.plugins.library import check_library, describe_library, library_for
 from engines.process import temporary_folder
-from engines.profiles import ranges_of
+from engines.profiles import best_of, ranges_of
 from engines.runtime import Engine
 from engines.timing import time_engines
 from mat_export.contract import GraphSpec, RunError, UserError
@@ -332,9 +332,8 @@ def _measure(trials: Sequence[_Trial], contest: Contest) -> None:
     if not running:
         return
     build = running[0].build
-    batches, sizes = ranges_of(build.spec, build.options)
     try:
-        inputs = contest.inputs(build.spec, batches[1], sizes[1])
+        inputs = contest.inputs(build.spec, *best_of(build.spec, build.options))
         with contextlib.ExitStack() as stack:
             engines = []
             for trial in running:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engines.options import BatchRange, BuildOptions, SizeRange, range_text
+from engines.options import BatchRange, BuildOptions, Size, SizeRange, range_text
 from mat_export.contract import GraphSpec, UserError, axes_of_size
 
-__all__ = ["Profile", "Profiles", "Shape", "profiles_of", "ranges_of"]
+__all__ = ["Profile", "Profiles", "Shape", "best_of", "profiles_of", "ranges_of"]
 
 Shape = tuple[int, ...]
 """Length of each axis."""
@@ -62,6 +62,16 @@ def ranges_of(spec: GraphSpec, options: BuildOptions) -> tuple[BatchRange, SizeR
         UserError: If a range is asked of an axis that the graph fixes to something else.
     """
     return _batches(spec, options.batch), _sizes(spec, options.size)
+
+
+def best_of(spec: GraphSpec, options: BuildOptions) -> tuple[int, Size]:
+    """Images at once and their size in pixels that an engine is to be fastest at.
+
+    Raises:
+        UserError: As `ranges_of`.
+    """
+    batches, sizes = ranges_of(spec, options)
+    return batches[1], sizes[1]
 
 
 def _batches(spec: GraphSpec, wanted: BatchRange | None) -> BatchRange:

@@ -27,6 +27,7 @@ from engines.runtime import EngineError
 from mat_export.contract import UserError
 from mat_export.engine_graph import prepare_engine_graph, spec_of
 from mat_export.files import file_digest
+from mat_export.manifest import manifest_path
 from mat_export.parity import BARS, CaseResult, ParityReport, RegionError
 from mat_torch import Checkpoint, random_checkpoint, save_checkpoint
 
@@ -220,6 +221,79 @@ def test_trt_without_a_library_says_why(
     code, _, error = run("trt", tiny_onnx, "-o", out, "--plugins", "on")
     one_sentence(code, error)
     assert "cannot call plugins: CUDA's compiler" in error
+
+
+@pytest.fixture
+def two_engines(plugin_machine: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """What two engines take when they are timed side by side."""
+    times = [[4.0], [5.0]]
+    monkeypatch.setattr("engines.comparison.Engine", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("engines.comparison.time_engines", lambda engines, inputs: times)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("took", "said"),
+    [
+        (4.0, "fp32 takes 4.00 ms and fp16 5.00 at batch 1: 0.80 of its time, {new} is the faster"),
+        (5.5, "1.10 of its time, fp32 does not win here: {old} is the one to use"),
+    ],
+)
+def test_trt_says_which_of_two_engines_is_faster(
+    run: Run,
+    tiny_onnx: Path,
+    tmp_path: Path,
+    two_engines: list[list[float]],
+    took: float,
+    said: str,
+) -> None:
+    two_engines[0] = [took]
+    old, new = tmp_path / "old.plan", tmp_path / "new.plan"
+    assert run("trt", tiny_onnx, "--plugins", "off", "-o", old)[0] == 0
+    arguments = ["trt", tiny_onnx, "--fp32", "--plugins", "off", "-o", new, "--compare", old]
+    for _ in range(2):  # built, and then found
+        code, _, error = run(*arguments)
+        assert code == 0, error
+        assert said.format(old=old, new=new) in error.replace("\n", " ")
+
+
+def test_trt_int8_says_how_to_learn_whether_it_wins(
+    run: Run, small_calibration: tuple[Path, Any], plugin_machine: Path, tmp_path: Path
+) -> None:
+    arguments = ["trt", small_calibration[0], "--int8", "--plugins", "off"]
+    code, _, error = run(*arguments, "-o", tmp_path / "int8.plan")
+    assert code == 0, error
+    assert "name that engine with --compare" in error.replace("\n", " ")
+
+
+def test_trt_compares_no_engines_of_other_networks_inputs_or_batches(
+    run: Run,
+    tiny_onnx: Path,
+    tmp_path: Path,
+    two_engines: list[list[float]],
+) -> None:
+    old, new = tmp_path / "old.plan", tmp_path / "new.plan"
+    assert run("trt", tiny_onnx, "--plugins", "off", "-o", old)[0] == 0
+    papers = manifest_path(old)
+    entries = json.loads(papers.read_text())
+    graph = dict(entries["graph"])
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "network": ({"config": {**graph["config"], "name": "other"}}, "is of other and the model"),
+        "inputs": ({"io": "uint8"}, "takes io uint8 and noise"),
+        "batch": ({"batch": 4}, "was not built for 1 x 256x256"),
+    }
+    for name, (change, message) in wrong.items():
+        papers.write_text(json.dumps({**entries, "graph": {**graph, **change}}))
+        code, _, error = run("trt", tiny_onnx, "--plugins", "off", "-o", new, "--compare", old)
+        assert code == 2, name
+        assert message in error.replace("\n", " "), name
+        assert not new.exists()
+    code, _, error = run("trt", tiny_onnx, "-o", new, "--compare", tmp_path / "absent.plan")
+    assert code == 2
+    assert "absent.plan" in error
+    code, _, error = run("trt", tiny_onnx, "--plugins", "off", "-o", old, "--compare", old)
+    assert code == 2
+    assert "is an input" in error
 
 
 def test_trt_takes_no_plugins_on_trust(
