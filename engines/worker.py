@@ -44,6 +44,10 @@ _POLL_SECONDS = 0.2
 _TELL_POINTS, _TELL_SECONDS = 5, 2.0
 """Progress is told in steps of so many percent, or less after so long: each is a line in a log."""
 
+_QUIET_SECONDS = 10.0
+"""After so long it is told though nothing has risen: TensorRT 8.6 spends half of a build on layouts
+when it has been through all layers."""
+
 _LAST_SAVE_SECONDS = 3.0
 """How long a cancelled build may take to save its timing cache."""
 
@@ -264,9 +268,10 @@ class Percentage(Progress):
 
     def tell(self, name: str, percent: int) -> None:
         with self._lock:
-            percent, now = min(percent, 99), time.monotonic()
+            percent, now = max(min(percent, 99), self._percent), time.monotonic()
             risen = percent - self._percent
-            if risen < _TELL_POINTS and (risen <= 0 or now < self._told + _TELL_SECONDS):
+            wait = _TELL_SECONDS if risen else _QUIET_SECONDS
+            if risen < _TELL_POINTS and now < self._told + wait:
                 return
             self._percent, self._told = percent, now
         self._report(name, percent, 100)
@@ -373,6 +378,7 @@ class CacheKeeper:
     ) -> None:
         self._config, self._file, self._log = config, file, log
         self._cancelled, self._saved = cancelled, saved
+        self._cache: Any = None
         self._known: bytes | None = None
         self._found: bytes | None = None
         self._saves = True
@@ -381,15 +387,22 @@ class CacheKeeper:
 
     def __enter__(self) -> CacheKeeper:
         self._known = self._load()
-        cache = self._config.create_timing_cache(self._known or b"")
-        if self._known and (not cache or not self._config.set_timing_cache(cache, False)):
+        if not self._give(self._known or b"") and self._known:
             self._leave_aside("the timing cache is of another TensorRT or GPU")
             self._known = None
-            cache = self._config.create_timing_cache(b"")
-        self._config.set_timing_cache(cache, False)
+            self._give(b"")
         self._saved.clear()
         self._thread.start()
         return self
+
+    def _give(self, data: bytes) -> bool:
+        """Let the build use a cache; False if TensorRT does not take it.
+
+        The object is held for as long as the build runs, and set once: a configuration of
+        TensorRT 8.6 that was told twice of a cache that Python then freed began with an empty one.
+        """
+        self._cache = self._config.create_timing_cache(data)
+        return bool(self._cache) and self._config.set_timing_cache(self._cache, False)
 
     def __exit__(
         self,
@@ -399,9 +412,7 @@ class CacheKeeper:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if self._saves and self._has_changed():
-            self._merge()
-        self._save()
+        self._save(merge=True)
         self._saved.set()
 
     def _load(self) -> bytes | None:
@@ -426,33 +437,40 @@ class CacheKeeper:
         except UserError:
             return True
 
-    def _merge(self) -> None:
-        """Add what another build has saved."""
+    def _merged(self, own: bytes) -> bytes:
+        """What another build has saved, and our timings; copies, for the build may still run."""
         latest = self._load()
         if latest is None:
-            return
-        other = self._config.create_timing_cache(latest)
-        if not other or not self._config.get_timing_cache().combine(other, False):
-            self._leave_aside("another build has saved a timing cache of another TensorRT or GPU")
+            return own
+        both, ours = map(self._config.create_timing_cache, (latest, own))
+        if both and ours and both.combine(ours, False):
+            return bytes(both.serialize())
+        self._leave_aside("another build has saved a timing cache of another TensorRT or GPU")
+        return own
 
     def _watch(self) -> None:
         waited = 0.0
         while not self._stop.wait(_POLL_SECONDS):
             waited += _POLL_SECONDS
             if self._cancelled.is_set():
-                self._save()
+                self._save(merge=True)
                 self._saved.set()
                 return
             if waited >= _SAVE_SECONDS:
                 waited = 0.0
                 self._save()
 
-    def _save(self) -> None:
+    def _save(self, *, merge: bool = False) -> None:
+        """Write the timings, with those of other builds if `merge`; else leave a file of theirs."""
         data = bytes(self._config.get_timing_cache().serialize())
         if not self._saves or data == self._known:
             return
-        if self._has_changed():  # both are merged when the build is done
-            return
+        if self._has_changed():
+            if not merge:
+                return
+            data = self._merged(data)
+            if not self._saves:
+                return
         try:
             self._file.save(data)
             self._known, self._found = data, self._file.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from small import SMALL
 
 from engines.backend import Absent, Backend, BuildHooks, Gpu, find_backends, open_backend
 from engines.backend.messages import logger_of
+from engines.backend.tensorrt8 import _LogProgress
 from engines.build import build_engine, timing_cache_path
 from engines.options import BuildOptions
 from engines.worker import CacheFile, CacheKeeper, Percentage
@@ -410,6 +413,22 @@ def test_progress_comes_from_the_monitor_or_the_log(
     if version == "8.6.0":
         assert [what for what, *_ in told][1:] == [f"layer {i}" for i in range(4)]
     assert set(severities) == {"info"}
+
+
+def test_choosing_layouts_is_told_though_no_layer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("engines.worker.time", SimpleNamespace(monotonic=lambda: now[0]))
+    told: list[tuple[str, int]] = []
+    lines = _LogProgress(Percentage(lambda what, done, _: told.append((what, done))))
+    lines.read("After concat removal: 2 layers")
+    for i in range(2):
+        lines.read("=============== Computing costs for ")
+        lines.read(f"--------------- Timing Runner: layer {i} (CaskConvolution[0x80000009])")
+    for _ in range(25):
+        now[0] += 1.0
+        lines.read("--------------- Timing Runner: Optimizer Reformat(x -> <out>) (Reformat)")
+    assert [percent for _, percent in told] == [0, 50, 99, 99, 99]
+    assert told[-1][0] == "choosing layouts, 20 conversions timed"
 
 
 @pytest.mark.parametrize("version", ["8.6.0", "10.13.3"])
@@ -832,7 +851,42 @@ def test_timings_of_two_builds_at_once_are_merged(tmp_path: Path) -> None:
         config.get_timing_cache().data += b" ours"
         file.save(b"old theirs")
     assert saved.is_set()
-    assert file.load() == b"old oursold theirs"
+    assert file.load() == b"old theirsold ours"
+
+
+def test_a_build_that_is_cancelled_keeps_its_timings_beside_those_of_another(
+    tmp_path: Path,
+) -> None:
+    config = make_tensorrt("8.6.0").Builder(None).create_builder_config()
+    file = CacheFile(tmp_path / "own.cache")
+    file.save(b"old")
+    cancelled, saved = threading.Event(), threading.Event()
+    keeper = CacheKeeper(config, file, lambda *_: None, cancelled, saved)
+    with keeper:
+        config.get_timing_cache().data += b" ours"
+        file.save(b"old theirs")
+        cancelled.set()
+        assert wait_until(saved.is_set)
+        assert file.load() == b"old theirsold ours"
+        assert config.get_timing_cache().data == b"old ours", "the running build has its own"
+
+
+def test_the_timing_cache_is_set_once_and_held(tmp_path: Path) -> None:
+    config = make_tensorrt("8.6.0").Builder(None).create_builder_config()
+    given: list[weakref.ref[Any]] = []
+    plain = config.set_timing_cache
+
+    def set_timing_cache(cache: Any, ignore_mismatch: bool) -> bool:
+        given.append(weakref.ref(cache))
+        return bool(plain(type(cache)(cache.data), ignore_mismatch))  # it holds no reference
+
+    config.set_timing_cache = set_timing_cache
+    file = CacheFile(tmp_path / "own.cache")
+    file.save(b"old")
+    with CacheKeeper(config, file, lambda *_: None, threading.Event(), threading.Event()):
+        gc.collect()
+        (one,) = given
+        assert one() is not None
 
 
 @pytest.mark.parametrize("meanwhile", [b"a picture", None])

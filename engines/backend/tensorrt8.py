@@ -70,6 +70,7 @@ class _LogProgress:
     """Progress from the verbose lines of the log, where there is no monitor.
 
     A layer's turn begins with a line that leaves out its name; the kernels that are timed have it.
+    When all layers have had theirs, conversions between layouts are timed, hundreds of them.
     """
 
     _LAYERS = re.compile(r"After .+: (\d+) layers")
@@ -78,7 +79,7 @@ class _LogProgress:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._total = self._done = 0
+        self._total = self._done = self._conversions = 0
 
     def read(self, line: str) -> None:
         """One line of the log."""
@@ -88,6 +89,9 @@ class _LogProgress:
         timed = self._TIMED.match(line)
         if timed is not None:
             name = timed[1] if len(timed[1]) <= 60 else f"{timed[1][:60]}…"
+            if name.startswith("Optimizer Reformat"):
+                self._conversions += 1
+                name = f"choosing layouts, {self._conversions} conversions timed"
             self._progress.tell(name, 100 * self._done // max(self._total, self._done, 1))
             return
         layers = self._LAYERS.match(line)
