@@ -16,7 +16,7 @@ __all__ = ["logger_of", "reason_of", "refusal_of"]
 
 
 _SURVIVED = re.compile(r"myelinCache\.h::deserialize|timing cache will not be used", re.IGNORECASE)
-"""Errors that a build goes on after: 8.6 drops Myelin's part of a timing cache and uses the rest."""
+"""Errors that a build goes on after: 8.6 drops Myelin's part of a timing cache alone."""
 
 
 @functools.cache
