@@ -231,14 +231,15 @@ def hold_half(model: onnx.ModelProto) -> onnx.ModelProto:
     ONNX Runtime's CPU provider computes half operators in FP32 and, between two of them, never
     rounds to half: what overflows on a GPU passes there unseen. It moves half values as they are,
     so an Identity makes it store them, as long as its optimizations are off; two in a row, since it
-    turns a lone half node among FP32 ones into FP32.
+    turns a lone half node among FP32 ones into FP32. It has no operators for bfloat16: those become
+    FP32 ones whose results are rounded, by a cast there and back.
     """
     import onnx
     from onnx import TensorProto, helper
 
     inferred = onnx.shape_inference.infer_shapes(model)
     halves = {
-        info.name
+        info.name: info.type.tensor_type.elem_type
         for info in (*inferred.graph.value_info, *inferred.graph.output)
         if info.type.tensor_type.elem_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
     }
@@ -246,20 +247,49 @@ def hold_half(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
+    if TensorProto.BFLOAT16 in halves.values():
+        _widen(result.graph)
     nodes: list[onnx.NodeProto] = []
     for node in result.graph.node:
         nodes.append(node)
         for i, name in enumerate(node.output):
-            if name in halves:
-                chain = [f"{name}/computed", f"{name}/rounded", name]
-                node.output[i] = chain[0]
-                nodes += [
-                    helper.make_node("Identity", [one], [other], f"{other}/held")
-                    for one, other in pairwise(chain)
-                ]
+            if name not in halves:
+                continue
+            chain = [f"{name}/computed", f"{name}/rounded", name]
+            node.output[i] = chain[0]
+            steps: list[dict[str, Any]] = [{"op_type": "Identity"}] * 2
+            if halves[name] == TensorProto.BFLOAT16:
+                there, back = TensorProto.BFLOAT16, TensorProto.FLOAT
+                steps = [{"op_type": "Cast", "to": to} for to in (there, back)]
+            nodes += [
+                helper.make_node(inputs=[one], outputs=[other], name=f"{other}/held", **step)
+                for (one, other), step in zip(pairwise(chain), steps, strict=True)
+            ]
     del result.graph.node[:], result.graph.value_info[:]
     result.graph.node.extend(nodes)
     return result
+
+
+def _widen(graph: onnx.GraphProto) -> None:
+    """Give what a graph holds in bfloat16 the type FP32; no value changes."""
+    from onnx import AttributeProto, TensorProto, numpy_helper
+
+    def widen(tensor: TensorProto) -> None:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    for tensor in graph.initializer:
+        widen(tensor)
+    for info in (*graph.input, *graph.output):
+        if info.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            info.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                widen(attribute.t)
+            elif node.op_type == "Cast" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
 
 
 def session_options(threads: int | None) -> Any:

@@ -345,6 +345,24 @@ def test_a_half_tensor_is_held_in_half_where_the_runtime_alone_would_not() -> No
     assert np.isfinite(held[[1, 2]]).all()
 
 
+def test_bfloat16_is_rounded_between_operators_of_single(tiny: onnx.ModelProto) -> None:
+    typed = apply_precision(tiny, "bf16").model
+    before = typed.SerializeToString()
+    held = hold_half(typed)
+    assert typed.SerializeToString() == before
+    onnx.checker.check_model(held, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(held, strict_mode=True).graph
+    narrow = {
+        info.name
+        for info in inferred.value_info
+        if info.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    }
+    assert len(narrow) > 400
+    readers = [node for node in held.graph.node if narrow & {*node.input}]
+    assert {node.op_type for node in readers} == {"Cast"}
+    assert len(readers) == len(narrow)
+
+
 def test_holding_adds_nothing_to_a_graph_without_half(tiny: onnx.ModelProto) -> None:
     assert hold_half(tiny) is tiny
     half = apply_precision(tiny, "fp16").model

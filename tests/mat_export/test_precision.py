@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from mat_export.contract import UserError
+from mat_export.engine_graph import prepare_engine_graph
 from mat_export.export import build_model
 from mat_export.parity import check_parity, open_candidate
 from mat_export.precision import ISLANDS, TypedModel, apply_precision
@@ -62,6 +63,17 @@ def test_fp16_is_within_its_bar_over_every_hard_mask(
     assert report.bar.psnr == 45.0
     worst = min(case.hole.psnr for case in report.cases if case.hole.psnr is not None)
     assert 45.0 <= worst < 100.0  # equality would mean that nothing was in half
+
+
+def test_bf16_is_within_its_bar(tiny_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bf16.onnx"
+    onnx.save(prepare_engine_graph(tiny_onnx, "bf16", opset=22).model, path)
+    with open_candidate(path) as candidate, open_candidate(tiny_onnx) as reference:
+        assert "stored in half" in candidate.name
+        report = check_parity(candidate, reference, suite=suite("one-window", "random-large"))
+    assert report.passed, [case.failures for case in report.cases]
+    assert report.bar.psnr == 30.0
+    assert max(case.hole.psnr or 0.0 for case in report.cases) < 60.0  # it was really rounded
 
 
 def test_styles_far_beyond_the_trained_range_stay_within_the_bar(
