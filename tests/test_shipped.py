@@ -28,19 +28,20 @@ LARGEST = 16 * 2**20
 """Bytes that the weights may take in the package."""
 
 
+def command(*arguments: object) -> str:
+    """Run a command: what it said."""
+    done = CliRunner().invoke(cli.app, [str(each) for each in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command in an empty folder: what it said."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> str:
-        done = CliRunner().invoke(cli.app, [str(each) for each in arguments])
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        assert done.exit_code == 0, done.output
-        return done.output
-
-    return call
+    return command
 
 
 @pytest.fixture

@@ -4,56 +4,38 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rtx_plan import PlanListing, convolution_work, read_plan
-from typer.testing import CliRunner
+from test_shipped import command
 
-import cli
 import mat_export
 from calib.calibrate import recipe_path
 from calib.recipe import Recipe
 from mat_export import shipped
 from mat_export.engine_graph import prepare_engine_graph
 
-Run = Callable[..., str]
-
 CROPS = 40
 """Of the held-out photographs; few for a distance, enough to see that INT8 does not change it."""
 
 LISTINGS = 3
-"""Plans to build at most: of one in some dozens TensorRT-RTX's listing tells nothing of INT8."""
+"""Plans to build at most: a listing of TensorRT-RTX has been seen that told nothing of INT8."""
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
-    """Run a command: what it said."""
-
-    def call(*arguments: object) -> str:
-        done = CliRunner().invoke(cli.app, [str(each) for each in arguments])
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        assert done.exit_code == 0, done.output
-        return done.output
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def fp32(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fp32") / "mat.onnx"
-    run("onnx", "-o", path)
+    command("onnx", "-o", path)
     return path
 
 
 @pytest.fixture(scope="module")
-def int8(run: Run, fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8(fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Quantized with every default."""
     path = tmp_path_factory.mktemp("int8") / "mat-int8.onnx"
-    said = run("calibrate", fp32, "-o", path)
+    said = command("calibrate", fp32, "-o", path)
     assert "layers in INT8" in said
     return path
 
@@ -63,8 +45,8 @@ def test_its_convolutions_are_int8(int8: Path) -> None:
     assert len(recipe.layers) >= 34  # of 36 that can be
 
 
-def test_it_fills_hard_masks_as_fp32_does(run: Run, fp32: Path, int8: Path, tmp_path: Path) -> None:
-    run("parity", int8, "--reference", fp32, "--json", tmp_path / "parity.json")
+def test_it_fills_hard_masks_as_fp32_does(fp32: Path, int8: Path, tmp_path: Path) -> None:
+    command("parity", int8, "--reference", fp32, "--json", tmp_path / "parity.json")
     report = json.loads((tmp_path / "parity.json").read_text())
     assert report["passed"]
     cases = [case for case in report["cases"] if case["hole"]["pixels"]]
@@ -75,34 +57,34 @@ def test_it_fills_hard_masks_as_fp32_does(run: Run, fp32: Path, int8: Path, tmp_
 
 
 def test_its_fillings_are_as_far_from_photographs_as_those_of_fp32(
-    run: Run, fp32: Path, int8: Path, tmp_path: Path
+    fp32: Path, int8: Path, tmp_path: Path
 ) -> None:
     """On photographs that it was not trained on (docs/model-card.md) and that packages bring."""
     pictures = tmp_path / "photographs"
     pictures.mkdir()
-    found = importlib.util.find_spec("sklearn")
-    assert found is not None
-    assert found.origin is not None
-    china = Path(found.origin).parent / "datasets/images/china.jpg"
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    china = Path(package.origin).parent / "datasets/images/china.jpg"
     for path in (*(Path(mat_export.__file__).parent / "data").glob("*.jpg"), china):
         (pictures / path.name).symlink_to(path)
     assert len(list(pictures.iterdir())) == 4
-    command = ["evaluate", "--data", pictures, "--count", CROPS, "--json", tmp_path / "e.json"]
-    run(*command, "--model", fp32, "--model", int8)
-    models = json.loads((tmp_path / "e.json").read_text())
-    exact, quantized = (model["overall"]["frechet"] for model in models)
+    models = ["--model", fp32, "--model", int8]
+    command(
+        "evaluate", "--data", pictures, "--count", CROPS, "--json", tmp_path / "e.json", *models
+    )
+    found = json.loads((tmp_path / "e.json").read_text())
+    exact, quantized = (scores["overall"]["frechet"] for scores in found)
     assert 0.0 < quantized <= 1.05 * exact
 
 
-def test_tensorrt_rtx_computes_its_convolutions_in_int8(
-    run: Run, int8: Path, tmp_path: Path
-) -> None:
+def test_tensorrt_rtx_computes_its_convolutions_in_int8(int8: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     work = convolution_work(prepare_engine_graph(int8, "int8", opset=22).model)
     listing = PlanListing({}, ())
     for i in range(LISTINGS):
         plan = tmp_path / f"mat-{i}.plan"
-        run("trt", int8, "--int8", "--target", "sm_89", "-o", plan)
+        command("trt", int8, "--int8", "--target", "sm_89", "-o", plan)
         listing = read_plan(plan.read_bytes())
         if any(types == ("int8", "int8") for types in listing.convolutions.values()):
             break
