@@ -7,12 +7,10 @@ to run.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from numpy.typing import NDArray
@@ -33,8 +31,7 @@ from engines.papers import open_plan, save_engine
 from engines.plugins.library import check_library, describe_library, library_for
 from engines.process import temporary_folder
 from engines.profiles import best_of, ranges_of
-from engines.runtime import Engine
-from engines.timing import time_engines
+from engines.timing import time_plans
 from mat_export.contract import GraphSpec, RunError, UserError
 from mat_export.files import file_digest
 
@@ -334,13 +331,9 @@ def _measure(trials: Sequence[_Trial], contest: Contest) -> None:
     build = running[0].build
     try:
         inputs = contest.inputs(build.spec, *best_of(build.spec, build.options))
-        with contextlib.ExitStack() as stack:
-            engines = []
-            for trial in running:
-                opened = open_plan(trial.path)
-                engines.append(stack.enter_context(Engine(opened.backend, opened.plan)))
-            for trial, times in zip(running, time_engines(engines, inputs), strict=True):
-                trial.milliseconds = median(times)
+        times = time_plans([open_plan(trial.path) for trial in running], inputs)
+        for trial, milliseconds in zip(running, times, strict=True):
+            trial.milliseconds = milliseconds
     except _TRIAL_ERRORS as error:
         for trial in running:
             trial.problem = f"it could not be timed: {error}"

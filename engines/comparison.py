@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from numpy.typing import NDArray
 
 from engines.options import BuildOptions
 from engines.papers import OpenedPlan, open_plan
-from engines.profiles import best_of
-from engines.runtime import Engine
-from engines.timing import time_engines
+from engines.profiles import best_of, ranges_of
+from engines.timing import time_plans
 from mat_export.contract import GraphSpec, UserError
 
 __all__ = ["Comparison", "check_comparable", "compare_engines"]
@@ -85,11 +82,13 @@ def check_comparable(spec: GraphSpec, options: BuildOptions, other: Path) -> Ope
             f"noise {spec.noise}: only engines of the same inputs can be compared"
         )
     batch, (height, width) = best_of(spec, options)
-    shape = (batch, height, width)
-    fixed = tuple(next(tensor.shape for tensor in theirs.inputs if tensor.name == "image"))
-    low, _, high = opened.profiles.get("image", (fixed,) * 3)
-    ends = zip(_sizes(low), shape, _sizes(high), strict=True)
-    if not all(least <= wanted <= most for least, wanted, most in ends):
+    built = BuildOptions.from_dict(opened.manifest["request"]["options"])
+    (fewest, _, most), (smallest, _, largest) = ranges_of(theirs, built)
+    if not (
+        fewest <= batch <= most
+        and smallest[0] <= height <= largest[0]
+        and smallest[1] <= width <= largest[1]
+    ):
         raise UserError(
             f"'{other}' was not built for {batch} x {height}x{width}, which this engine is to be "
             "fastest at"
@@ -112,16 +111,6 @@ def compare_engines(
         RunError: If a run fails.
     """
     opened = open_plan(path)
-    with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(Engine(plan.backend, plan.plan)) for plan in (opened, other)]
-        own, theirs = (median(times) for times in time_engines(engines, inputs))
+    own, theirs = time_plans([opened, other], inputs)
     precisions = (opened.spec.precision, other.spec.precision)
     return Comparison(path, other.path, precisions, (own, theirs), len(inputs["image"]))
-
-
-def _sizes(shape: Sequence[int | str]) -> tuple[int, int, int]:
-    """Batch, height and width of an image's shape [B, 3, H, W] or [B, H, W, 3]."""
-    batch, *rest = (int(axis) for axis in shape)
-    rest.remove(3)
-    height, width = rest
-    return batch, height, width

@@ -117,8 +117,8 @@ def plugin_machine(
     library.write_bytes(b"code")
     fitting = LibraryDescription("V3", "10.13.3", 10, ("sm_86",), "13.0.88", "digest of sources")
     monkeypatch.setattr("engines.choice.describe_library", lambda path: fitting)
-    monkeypatch.setattr("engines.choice.Engine", lambda backend, plan: contextlib.nullcontext())
-    monkeypatch.setattr("engines.choice.time_engines", lambda engines, inputs: [[7.0], [5.0]])
+    monkeypatch.setattr("engines.timing.Engine", lambda backend, plan: contextlib.nullcontext())
+    monkeypatch.setattr("engines.timing.time_engines", lambda engines, inputs: [[7.0], [5.0]])
 
     def check_quickly(plan: Path, model: Path, *_: Any, **asked: Any) -> ParityReport:
         assert (asked["batch"], asked["size"]) == (1, (256, 256))
@@ -227,8 +227,7 @@ def test_trt_without_a_library_says_why(
 def two_engines(plugin_machine: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
     """What two engines take when they are timed side by side."""
     times = [[4.0], [5.0]]
-    monkeypatch.setattr("engines.comparison.Engine", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr("engines.comparison.time_engines", lambda engines, inputs: times)
+    monkeypatch.setattr("engines.timing.time_engines", lambda engines, inputs: times)
     return times
 
 

@@ -147,8 +147,8 @@ def graph(plugins: bool) -> bytes:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
     monkeypatch.setattr("engines.build.run_worker", made.run_worker)
-    monkeypatch.setattr("engines.choice.time_engines", made.time_engines)
-    monkeypatch.setattr("engines.choice.Engine", Engine)
+    monkeypatch.setattr("engines.timing.time_engines", made.time_engines)
+    monkeypatch.setattr("engines.timing.Engine", Engine)
     return made
 
 

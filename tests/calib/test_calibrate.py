@@ -311,9 +311,8 @@ def test_tensorrt_rtx_computes_the_layers_in_int8(
     graph = prepare_engine_graph(path, "int8", opset=22).model
     work, listing = convolution_work(graph), read_plan(plan.read_bytes())
     assert set(listing.convolutions) == set(work), "the plan's listing has another form"
-    int8 = {name for name, types in listing.convolutions.items() if types == ("int8", "int8")}
-    assert int8 == set(done.recipe.layers)
-    assert sum(work[name] for name in int8) >= 0.8 * sum(work.values())
+    assert listing.int8 == set(done.recipe.layers)
+    assert sum(work[name] for name in listing.int8) >= 0.8 * sum(work.values())
     # Rounding goes along with what makes a value, but for what comes out of a convolution bare.
     alone = [
         layers for layers in listing.kernels if layers and all("Linear" in name for name in layers)
