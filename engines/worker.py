@@ -445,7 +445,7 @@ class CacheKeeper:
         both, ours = map(self._config.create_timing_cache, (latest, own))
         if both and ours and both.combine(ours, False):
             return bytes(both.serialize())
-        self._leave_aside("another build has saved a timing cache of another TensorRT or GPU")
+        self._leave_aside("TensorRT cannot merge this build's timing cache with another build's")
         return own
 
     def _watch(self) -> None:

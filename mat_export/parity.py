@@ -362,10 +362,11 @@ def _judge(
     hole, ring = ~case.keep, _ring(case.keep)
     compared = [name for name in actual if name in expected]
     finite = all(bool(np.isfinite(actual[name]).all()) for name in compared)
-    kept_exact = all(
-        bool((actual[name][..., case.keep] == expected[name][..., case.keep]).all())
+    changed = [
+        f"kept pixels differ: {wrong}"
         for name in compared
-    )
+        if (wrong := _changed(expected[name][..., case.keep], actual[name][..., case.keep]))
+    ]
     errors = {
         region: compare(expected["output"], actual["output"], pixels)
         for region, pixels in (("hole", hole), ("ring", ring))
@@ -373,33 +374,43 @@ def _judge(
     judged = dict(errors)
     if "coarse" in compared:
         judged["coarse, hole"] = compare(expected["coarse"], actual["coarse"], hole)
-    wrong = tuple(
+    wrong_masks = tuple(
         name
         for name, state in (states or {}).items()
         if name not in seen or not np.array_equal(state, seen[name])
     )
     failures = [] if finite else ["the candidate gave NaN or infinity"]
-    if not kept_exact:
-        failures.append("kept pixels differ")
+    failures += changed[:1]
     failures += [
         f"{region}: {text}"
         for region, error in judged.items()
         if (text := _missed(error, bar)) is not None
     ]
-    if wrong:
-        failures.append(f"mask states differ or are missing: {', '.join(wrong)}")
+    if wrong_masks:
+        failures.append(f"mask states differ or are missing: {', '.join(wrong_masks)}")
     if states is not None and not states:
         failures.append("the reference gave no mask states to compare")
     return CaseResult(
         name=case.name,
         hole=errors["hole"],
         ring=errors["ring"],
-        kept_exact=kept_exact,
+        kept_exact=not changed,
         finite=finite,
         masks=len(states or ()),
-        wrong_masks=wrong,
+        wrong_masks=wrong_masks,
         failures=tuple(failures),
     )
+
+
+def _changed(expected: Array, actual: Array) -> str:
+    """How many values differ and by how much; empty if none does. NaN differs."""
+    wrong = expected != actual
+    count = int(np.count_nonzero(wrong))
+    if not count:
+        return ""
+    largest = float(np.abs(actual[wrong].astype(np.float64) - expected[wrong]).max())
+    size = f", by {largest:.1e} or less" if math.isfinite(largest) else ""
+    return f"{count} of {wrong.size} values{size}"
 
 
 def _missed(error: RegionError, bar: Bar) -> str | None:

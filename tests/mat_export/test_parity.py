@@ -28,6 +28,7 @@ from mat_export.parity import (
     open_reference,
     with_mask_states,
 )
+from mat_export.pixels import to_unit
 from mat_export.report import render, write_report
 from mat_export.runners import OrtRunner, Runner
 from mat_export.suite import MASKS, Case, cases, photograph
@@ -154,6 +155,28 @@ def test_one_value_that_is_not_finite_fails_and_can_be_shown(value: float) -> No
     assert "<td>nan</td>" in render(report)
     half = check_parity(Broken(10, precision="fp16"), Engine(10), suite=suite)
     assert any("PSNR nan dB is under 45 dB" in text for text in half.cases[0].failures)
+
+
+def test_kept_pixels_that_differ_fail_with_how_many_and_by_how_much() -> None:
+    class Rounding(Engine):
+        """Composites in half precision, as an engine of TensorRT 8.6 was seen to."""
+
+        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            results = super().run(inputs)
+            rounded = results["output"].astype(np.float16).astype(np.float32)
+            results["output"] = np.where(inputs["mask"] == 1, rounded, results["output"])
+            return results
+
+    suite = small_suite("random-small")
+    report = check_parity(Rounding(10, precision="fp16"), Engine(10), suite=suite, batch=1)
+    case = suite[0]
+    image, _ = to_unit(case.image[None], case.keep[None].astype(np.uint8) * np.uint8(255))
+    kept = image[..., case.keep]
+    rounding = np.abs(kept.astype(np.float16).astype(np.float32) - kept)
+    counted = f"{np.count_nonzero(rounding)} of {kept.size} values"
+    (failure,) = report.cases[0].failures
+    assert failure == f"kept pixels differ: {counted}, by {rounding.max():.1e} or less"
+    assert not report.cases[0].kept_exact
 
 
 def test_a_wrong_mask_fails_even_where_the_picture_is_equal(
