@@ -6,7 +6,7 @@ calls the functions they wrap.
 - `masked_window_attention` and `mask_propagation` are the two operators of the toolkit. Each has
   four forms: this PyTorch reference, an ONNX function of standard operators
   (`mat_export.functions`), a CUDA kernel and a TensorRT plugin. On a GPU the operators themselves
-  run the kernels once `engines.plugins.torch_operators.use_kernels` was called.
+  run the kernels (`engines.plugins.torch_operators`), which their first call there compiles.
 - `query_key_value` and `fuse_mlp` are the two halves of a transformer block around the attention.
   They become ONNX functions too, so that a block is three nodes to the reader; no backend needs to
   know them. `style_scales` is the same for the styles of a stage.
@@ -18,6 +18,7 @@ clones, for what a small enough grid would make one.
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -183,3 +184,12 @@ def depth_to_space(x: Tensor) -> Tensor:
 def _(x: Tensor) -> Tensor:
     b, c, h, w = x.shape
     return x.new_empty(b, c // 4, 2 * h, 2 * w)
+
+
+def _use_kernels() -> None:
+    """Put what is installed for other devices before the operators; nothing is compiled here."""
+    for entry in entry_points(group="mat_export.kernels"):
+        entry.load()()
+
+
+_use_kernels()

@@ -5,6 +5,9 @@ The kernels are those of a CPU that plays a GPU, put before the operators' CPU f
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -215,6 +218,19 @@ def test_nothing_is_compiled_while_a_graph_is_captured(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="warm_up"):
         torch_operators._kernels_on(gpu)
+
+
+def test_the_operators_find_the_kernels_by_themselves_and_compile_nothing() -> None:
+    """A process that imports them alone, without a compiler."""
+    program = """
+import sys, torch, mat_export.ops
+from engines.plugins import torch_operators
+for name in (torch_operators.ATTENTION, torch_operators.PROPAGATION):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+assert torch_operators._opened == {}
+"""
+    environment = {**os.environ, "PATH": ""}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
 
 
 def test_using_the_kernels_twice_and_without_a_gpu_changes_nothing_here() -> None:

@@ -1,12 +1,9 @@
 """The kernels behind the operators ``mat::masked_window_attention`` and ``mat::mask_propagation``.
 
-    from engines.plugins.torch_operators import use_kernels
-    from mat_export import ops  # defines the operators
-
-    use_kernels()
-
-``mat_export`` may not know this package, nor this package its models: the two meet in torch's
-registry of operators, by name.
+``mat_export`` may not know this package, nor this package its models. So the two meet by name: in
+torch's registry of operators, and as an entry point of the group ``mat_export.kernels``, by which
+``mat_export.ops`` calls `use_kernels` when it has defined the operators. Where this package lies on
+the path and was not installed, that call is the user's.
 """
 
 from __future__ import annotations
