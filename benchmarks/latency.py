@@ -2,11 +2,13 @@
 
     python benchmarks/latency.py torch PRESET -o torch.json [--batch 1] [--wait FILE]
     python benchmarks/latency.py engine MAT.plan -o engine.json [--profile profile.json]
+    python benchmarks/latency.py turns A.plan B.plan … -o turns.json
 
 TensorRT and PyTorch may live in different Pythons (TensorRT 8.6 stops at 3.10), so each half writes
 its own JSON; run them one right after the other. ``torch`` compiles first; with ``--wait`` it then
 waits for FILE to appear, so that the compilation may overlap with the build of the engine and the
-measurement with nothing.
+measurement with nothing: both halves want the GPU to themselves. ``turns`` times engines of one
+network against each other, one call each in turn, three times over.
 
 Times are of the device, by CUDA events around each call, inputs and outputs on the GPU; medians and
 99th percentiles of ``--runs`` calls after a warm-up. PyTorch runs three ways: the reference model
@@ -100,7 +102,7 @@ def bench_torch(arguments: argparse.Namespace) -> dict[str, Any]:
         use_kernels()
         if not warm_up():
             raise SystemExit("--kernels: there are no kernels for this GPU, see the warning above")
-    checkpoint = random_checkpoint(preset(arguments.model), 0)
+    checkpoint = random_checkpoint(preset(arguments.model[0]), 0)
     spec = GraphSpec(checkpoint.config, batch=arguments.batch)
     arrays = example_inputs(spec, arguments.batch)
     names = [tensor.name for tensor in spec.inputs]
@@ -120,7 +122,7 @@ def bench_torch(arguments: argparse.Namespace) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(),
         "batch": arguments.batch,
-        "preset": arguments.model,
+        "preset": arguments.model[0],
         "convolutions": arguments.convolutions,
         "kernels": arguments.kernels,
         "ways": {},
@@ -186,7 +188,7 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
     from engines.timing import time_engines
     from mat_export.bench import example_inputs
 
-    opened = open_plan(arguments.model)
+    opened = open_plan(arguments.model[0])
     arrays = example_inputs(opened.spec, arguments.batch)
     report: dict[str, Any] = {
         "engine": opened.backend.label,
@@ -223,6 +225,27 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
             print(name, entry, flush=True)
     if arguments.profile is not None:
         arguments.profile.write_text(json.dumps(profile(opened, arrays), indent=1) + "\n")
+    return report
+
+
+def bench_turns(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians of engines that take turns, as CUDA graphs, in three rounds."""
+    from engines import cuda
+    from engines.papers import open_plan
+    from engines.timing import time_plans
+    from mat_export.bench import example_inputs
+
+    opened = [open_plan(path) for path in arguments.model]
+    arrays = example_inputs(opened[0].spec, arguments.batch)
+    rounds = [time_plans(opened, arrays) for _ in range(3)]
+    report = {
+        "engine": opened[0].backend.label,
+        "gpu": cuda.device_info().name,
+        "batch": int(arrays["image"].shape[0]),
+        "p50_ms": dict(zip(arguments.model, zip(*rounds, strict=True), strict=True)),
+    }
+    for path, times in report["p50_ms"].items():
+        print(path, *(f"{time:.2f} ms" for time in times), flush=True)
     return report
 
 
@@ -266,11 +289,14 @@ def profile(opened: Any, arrays: dict[str, Any]) -> dict[str, float]:
     return {name: float(np.median(values[5:])) for name, values in times.items()}
 
 
+PARTS = {"torch": bench_torch, "engine": bench_engine, "turns": bench_turns}
+
+
 def main() -> None:
-    """Run one half and write its figures."""
+    """Run one part and write its figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("half", choices=["torch", "engine"])
-    parser.add_argument("model", help="a preset for torch, a plan for the engine")
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("model", nargs="+", help="a preset for torch, a plan for an engine")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--runs", type=int, default=100)
@@ -281,7 +307,9 @@ def main() -> None:
     parser.add_argument("--wait", type=Path)
     parser.add_argument("--profile", type=Path)
     arguments = parser.parse_args()
-    report = bench_torch(arguments) if arguments.half == "torch" else bench_engine(arguments)
+    if arguments.part != "turns" and len(arguments.model) > 1:
+        parser.error(f"{arguments.part} takes one model")
+    report = PARTS[arguments.part](arguments)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

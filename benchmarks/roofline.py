@@ -22,6 +22,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from mat_export.functions import EPILOGUE
+from mat_export.graphs import attribute_of
+
 SIZES = {1: 4, 10: 2, 16: 2, 9: 1, 3: 1, 2: 1, 6: 4, 7: 8, 11: 8}
 """Bytes of an element by ONNX type."""
 
@@ -32,7 +35,7 @@ class Row:
 
     Attributes:
         layer: The engine's name of it.
-        kind: convolution, attention and tokens, pointwise, reformat, or other.
+        kind: convolution, attention and tokens, fused epilogue, pointwise, reformat, or other.
         ms: Measured milliseconds.
         gflop: 10⁹ floating-point operations.
         mb: 10⁶ bytes that enter and leave.
@@ -75,7 +78,8 @@ class Graph:
         if node.op_type == "Conv":
             return 2.0 * out * float(np.prod(self.shapes[node.input[1]][1:]))
         if node.op_type in ("MatMul", "Gemm"):
-            return 2.0 * out * self.shapes[node.input[0]][-1]
+            turned = node.op_type == "Gemm" and attribute_of(node, "transB", 0)
+            return 2.0 * out * self.shapes[node.input[1]][-1 if turned else -2]
         return 0.0
 
     def bytes(self, members: set[int]) -> float:
@@ -130,10 +134,12 @@ def kind_of(layer: str, ops: set[str]) -> str:
     """A word for a layer."""
     if layer.startswith("Reformatting"):
         return "reformat"
+    if EPILOGUE in ops:
+        return "fused epilogue"
+    if "ForeignNode" in layer or ".blocks." in layer:
+        return "attention and tokens"
     if "Conv" in ops:
         return "convolution"
-    if "ForeignNode" in layer or "FuseMlp" in layer or "Attention" in layer:
-        return "attention and tokens"
     if "PWN" in layer or ops & {"Mul", "Add", "LeakyRelu", "Div", "Clip", "Where"}:
         return "pointwise"
     return "other"
