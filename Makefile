@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	@echo "  filled pictures:         $(DEMO)/filled/"
 	@echo "  proof of parity:         $(DEMO)/parity/index.html"
 
-# A worker for each core, and a thread for each worker: more wait for each other, nine times as long.
+# A worker for each core, and a thread for each worker: more wait for each other, and take twice as long.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
