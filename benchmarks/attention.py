@@ -15,8 +15,8 @@ result in its place: roll, cut, masks, attention and the way back, in FP16. The 
 Each is captured as a CUDA graph of many calls on rotating inputs, larger together than twice the
 cache (``cold``), or on two inputs that stay in it (``warm``); times are medians of replays, a call.
 The floor is the larger of bytes over bandwidth and FLOP over rate, both measured in the same run;
-``launch`` is what the smallest kernel takes in such a graph. ``--tensorrt FILE`` joins times
-measured elsewhere: a JSON object of microseconds by the names of blocks.
+``launch`` is what the smallest kernel takes in such a graph. ``--tensorrt FILE`` joins what
+``attention_tensorrt.py`` measured of TensorRT on the same GPU just before.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_blocks import BAR, HEAD_SIZE, HEADS, Block, blocks, count_of_sets
 from torch import Tensor
 
 from engines.plugins.kernels import KernelLibrary, Tokens, open_kernels
@@ -42,48 +43,7 @@ from mat_export.files import atomic_write
 from mat_torch import attention
 from mat_torch.config import MASKED_LOGIT
 
-HEADS, HEAD_SIZE = 6, 30
 KERNEL, PROPAGATING = "kernel", "kernel, and propagation"
-BAR = 5e-3
-"""Largest ‖a − b‖ / ‖b‖ against FP64, where plain FP16 logits lie; ways above are not compared."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of the network: side × side tokens."""
-
-    side: int
-    window: int
-    shift: int
-    batch: int
-
-    @property
-    def name(self) -> str:
-        """What tables and files call it."""
-        shifted = f"shift {self.shift}" if self.shift else "unshifted"
-        return f"{self.side}×{self.side}, window {self.window}, {shifted}, batch {self.batch}"
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Of q, k, v and y."""
-        return (self.batch, self.side, self.side, HEADS * HEAD_SIZE)
-
-    @property
-    def flop(self) -> float:
-        """Of the two products."""
-        return 4.0 * self.batch * self.side**2 * self.window**2 * HEADS * HEAD_SIZE
-
-    @property
-    def bytes(self) -> float:
-        """q, k, v and y in FP16 and the map of valid tokens, each once."""
-        tokens = self.batch * self.side**2
-        return tokens * (4 * 2 * HEADS * HEAD_SIZE + 1)
-
-
-def blocks(batches: list[int]) -> list[Block]:
-    """Every shape of the network's blocks; the grid of one window is never shifted."""
-    cuts = [(64, 8, 0), (64, 8, 4), (32, 16, 0), (32, 16, 8), (16, 16, 0)]
-    return [Block(*cut, batch) for batch, cut in itertools.product(batches, cuts)]
 
 
 # -- the ways --------------------------------------------------------------------------------------
@@ -281,11 +241,6 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def count_of_sets(block: Block, cache: int) -> int:
-    """How many inputs are together larger than twice the cache; at most 256."""
-    return max(16, min(256, 1 + int(2 * cache / block.bytes)))
-
-
 # -- compiling -------------------------------------------------------------------------------------
 
 
@@ -423,11 +378,11 @@ def compare(report: dict[str, Any]) -> None:
             }
 
 
-def join_tensorrt(report: dict[str, Any], times: dict[str, float]) -> None:
-    """Add times of TensorRT, microseconds by the names of blocks; it runs with what is in cache."""
+def join_tensorrt(report: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Add the ways of ``attention_tensorrt.py``'s file to the blocks of the same names."""
+    report["tensorrt"] = {name: fact for name, fact in measured.items() if name != "blocks"}
     for block in report["blocks"]:
-        if block["name"] in times:
-            block["ways"]["TensorRT"] = {"warm_us": times[block["name"]]}
+        block["ways"].update(measured["blocks"].get(block["name"], {}))
 
 
 def table(report: dict[str, Any]) -> str:
@@ -457,7 +412,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--batches", default="1,8", help="separated by commas")
     parser.add_argument("--compile-seconds", type=float, default=70.0, help="for torch.compile")
-    parser.add_argument("--tensorrt", type=Path, help="JSON: microseconds by names of blocks")
+    parser.add_argument("--tensorrt", type=Path, help="JSON of attention_tensorrt.py")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("this measures on a GPU, and PyTorch finds none here", file=sys.stderr)

@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from mat_export.blending import blend_outputs
 from mat_export.casts import hoist_casts
 from mat_export.contract import (
     CALIBRATION_KEY,
@@ -49,9 +50,12 @@ ENGINE_PRECISIONS = ("fp32", "tf32", *PRECISIONS)
 """What an engine may compute in; ``tf32`` is the FP32 graph on TF32 tensor cores, ``int8`` a graph
 with Q/DQ nodes, the rest of it in FP16."""
 
-INTEGER_WEIGHTS = 18
-"""TensorRT that parses no such opset takes no weights in INT8 and chooses a quantized network's
-types itself."""
+MAP_PRECISIONS = ("fp16", "bf16")
+"""Where tokens are maps for plugins: their operators on maps compute in 16 bits."""
+
+STRONG_TYPES = 18
+"""TensorRT that parses no such opset chooses types itself unless each layer is told, and takes no
+weights in INT8."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ def prepare_model(
         "computed_biases": computed,
     }
     if precision in PRECISIONS:
+        if opset < STRONG_TYPES:
+            passes["blended_outputs"] = blend_outputs(dense)
         typed = apply_precision(dense, precision, keep=keep)
         passes |= {
             "half_nodes": typed.half_nodes,
@@ -179,14 +185,14 @@ def prepare_model(
         passes["hoisted_casts"] = hoist_casts(dense.graph)
     if precision == "int8":
         passes["quantized"] = sum(node.op_type == "QuantizeLinear" for node in dense.graph.node)
-        if opset < INTEGER_WEIGHTS:
+        if opset < STRONG_TYPES:
             dense = free_types(dense)
             passes["weights_rounded_in_graph"] = quantize_in_graph(dense.graph)
     if mask_states:
         passes["mask_states"] = _give_mask_states(dense, spec)
     if plugins:  # behind the mask states, which are read beside the calls
         if not quick:
-            if precision in ("fp16", "bf16"):
+            if precision in MAP_PRECISIONS:
                 tokens_as_maps(dense)
             fuse_epilogues(dense)
         calls = Counter(node.op_type for node in dense.graph.node)

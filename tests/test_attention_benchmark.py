@@ -9,6 +9,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "attention.py"
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
+def script() -> Iterator[Any]:
     """The benchmark as a module."""
+    sys.path.insert(0, str(SCRIPT.parent))  # for what it imports from beside it
     spec = importlib.util.spec_from_file_location("attention_benchmark", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["attention_benchmark"] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
 
 
 def test_the_blocks_are_the_networks(script: Any) -> None:
@@ -98,10 +101,13 @@ def test_the_kernel_is_compared_with_the_best_of_the_others_that_are_right(scrip
 
 def test_tensorrts_times_join_by_the_names_of_blocks(script: Any) -> None:
     found = report(script)
-    script.join_tensorrt(found, {found["blocks"][0]["name"]: 6.0, "another": 1.0})
+    way = {"TensorRT": {"cold_us": 11.0, "warm_us": 6.0, "right": True}}
+    blocks = {found["blocks"][0]["name"]: way, "another": way}
+    script.join_tensorrt(found, {"engine": "TensorRT 8.6.0", "blocks": blocks})
     script.compare(found)
     assert found["blocks"][0]["warm"]["best_of_the_others"] == "TensorRT"
     assert found["blocks"][0]["cold"]["best_of_the_others"] == "SDPA"
+    assert found["tensorrt"] == {"engine": "TensorRT 8.6.0"}
 
 
 def test_a_kernel_that_failed_is_shown_and_not_compared(script: Any) -> None:

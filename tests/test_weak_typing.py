@@ -15,7 +15,7 @@ from mat_export.engine_graph import prepare_engine_graph
 
 KINDS = (
     *("CONSTANT", "SHAPE", "CAST", "CONVOLUTION", "SHUFFLE", "ELEMENTWISE", "REDUCE"),
-    *("QUANTIZE", "DEQUANTIZE", "PLUGIN_V2"),
+    *("QUANTIZE", "DEQUANTIZE", "PLUGIN_V2", "MATRIX_MULTIPLY"),
 )
 TRT = SimpleNamespace(
     float16="half",
@@ -149,21 +149,42 @@ def test_what_becomes_int8_is_told_no_type() -> None:
     assert after.precision == "float"
 
 
-def test_of_a_quantized_network_what_it_names_alone_is_bound(
+def test_of_a_quantized_network_what_it_names_and_what_multiplies_is_bound(
     small_calibration: tuple[Path, object],
 ) -> None:
+    """The rest may be INT8; products that cannot be would be timed in FP32 and half both."""
     model = prepare_engine_graph(small_calibration[0], "int8", opset=17).model
-    layers = [
-        Layer(node.name, "ELEMENTWISE", [*node.input[:1]], [node.output[0]])
+    kinds = {"Conv": "CONVOLUTION", "MatMul": "MATRIX_MULTIPLY"}
+    layers = {
+        node.name: Layer(
+            node.name, kinds.get(node.op_type, "ELEMENTWISE"), [*node.input[:1]], [node.output[0]]
+        )
         for node in model.graph.node
         if node.op_type not in ("Cast", "Shape", "QuantizeLinear", "DequantizeLinear")
+    }
+    halves, singles = constrain(TRT, Network([*layers.values()]), model)
+    told = {name: layer.precision for name, layer in layers.items()}
+    assert halves == sum(precision == "half" for precision in told.values())
+    assert singles == sum(precision == "float" for precision in told.values())
+    assert {told[name] for name in told if name.startswith("mapping")} == {"float"}
+    products = [name for name in told if name.endswith("FuseMlp/fuse_product")]
+    assert products
+    assert {told[name] for name in products} == {"half"}
+    assert all(told[name] == "half" for name in told if name.endswith("blur/Conv"))
+    dequantized = {
+        name
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+        for name in node.output
+    }
+    int8 = [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv" and node.input[0] in dequantized
     ]
-    halves, singles = constrain(TRT, Network(layers), model)
-    told = {layer.name for layer in layers if layer.precision is not None}
-    assert halves == 0
-    assert 0 < singles == len(told) < len(layers) / 2
-    assert any(name.startswith("mapping") for name in told)
-    assert not any(name.endswith("conv/Conv") for name in told)
+    assert int8
+    assert {told[name] for name in int8} == {None}
+    assert {told[name] for name in told if name.endswith("/LeakyRelu")} == {None, "float"}
 
 
 def test_mask_propagation_stays_free() -> None:
