@@ -47,7 +47,7 @@ SINGLE_KEY = "mat.single"
 single precision, with spaces between."""
 
 OPERATOR_DOMAIN = "mat"
-"""ONNX domain of the custom operators, which is also their plugin namespace."""
+"""ONNX domain of the custom operators, and the plugin namespace of the quick ones."""
 
 STATE_PREFIX = "mask_state/"
 """How the names of mask states begin: tensors in a graph, and outputs of a runner that gives them
