@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from engines import cuda
+from engines.backend.base import Backend
 from engines.backend.finding import open_backend
 from engines.backend.hooks import BuildHooks
 from engines.options import BuildOptions
@@ -148,8 +149,7 @@ def build(arguments: argparse.Namespace) -> None:
 class Engine:
     """A block's engine with its sets of inputs on the GPU."""
 
-    def __init__(self, plan: Path, sets: list[dict[str, NDArray[Any]]]) -> None:
-        backend = open_backend("auto")
+    def __init__(self, backend: Backend, plan: Path, sets: list[dict[str, NDArray[Any]]]) -> None:
         self._engine = backend.deserialize(plan.read_bytes())
         self._context = backend.create_context(self._engine)
         self._stream = cuda.Stream()
@@ -216,9 +216,10 @@ def measure(arguments: argparse.Namespace) -> None:
         if not path.exists():
             continue
         count = count_of_sets(block, arguments.cache_mib << 20)
-        engine = Engine(path, [draw(block, seed) for seed in range(count)])
+        sets = [draw(block, seed) for seed in range(count)]
+        engine = Engine(backend, path, sets)
         engine.enqueue(0)
-        truth = expected(block, draw(block, 0)).astype(np.float64)
+        truth = expected(block, sets[0]).astype(np.float64)
         error = float(np.linalg.norm(engine.result(0) - truth) / np.linalg.norm(truth))
         entry = {
             "error": error,
