@@ -10,10 +10,10 @@ mat-512 engine was built, ran, and was faster than the one without plugins. From
 networks are strongly typed and nothing of this is needed.
 
 A quantized graph comes without casts (`mat_export.free_types`) and names the tensors that have to
-be FP32. Of its other layers convolutions and products that read nothing dequantized are bound to
-half, since the builder would time every kernel of theirs in FP32 too; all else is free to be INT8
-or half. What only moves values has to stay so: with its types bound too, 8.6.0 found "No supported
-formats for" a reshape of the styles, on an H200.
+be FP32: their layers alone are bound, and all others are free to be INT8 or half. Binding more to
+half, to spare the builder kernels in FP32, is refused by 8.6.0 (seen on an H200): with all layers
+but those around Q/DQ it found "No supported formats for" a reshape of the styles, with convolutions
+and products alone for one behind a product of the mapping.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
 def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, int]:
     """Give each layer of a parsed network the type that the file gives its outputs.
 
-    Of a graph that names what has to be FP32 those layers, and to half what multiplies matrices.
+    Of a graph that names what has to be FP32, the layers that give those tensors alone.
 
     Args:
         module: TensorRT 8.6's Python module.
@@ -58,7 +58,6 @@ def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, i
     wanted = {int(TensorProto.FLOAT16): module.float16, int(TensorProto.FLOAT): module.float32}
     kinds = ("CONSTANT", "SHAPE", "CAST", "QUANTIZE", "DEQUANTIZE", "PLUGIN_V2")
     skipped = {getattr(module.LayerType, kind) for kind in kinds}
-    multiplying = {module.LayerType.CONVOLUTION, module.LayerType.MATRIX_MULTIPLY}
     dequantized = {
         name
         for node in model.graph.node
@@ -79,11 +78,9 @@ def constrain(module: Any, network: Any, model: onnx.ModelProto) -> tuple[int, i
         for output in outputs:
             if output.name not in types and before is not None:
                 types[output.name] = before
-        kind = types.get(outputs[0].name) if outputs else None
         if only is not None and not (outputs and outputs[0].name in only):
-            if layer.type not in multiplying:
-                continue
-            kind = int(TensorProto.FLOAT16)
+            continue
+        kind = types.get(outputs[0].name) if outputs else None
         integral = any(output.dtype in (module.int32, module.bool) for output in outputs)
         if kind not in wanted or integral or _FREE.search(layer.name):
             continue

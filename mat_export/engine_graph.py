@@ -50,9 +50,6 @@ ENGINE_PRECISIONS = ("fp32", "tf32", *PRECISIONS)
 """What an engine may compute in; ``tf32`` is the FP32 graph on TF32 tensor cores, ``int8`` a graph
 with Q/DQ nodes, the rest of it in FP16."""
 
-MAP_PRECISIONS = ("fp16", "bf16")
-"""Where tokens are maps for plugins: their operators on maps compute in 16 bits."""
-
 STRONG_TYPES = 18
 """TensorRT that parses no such opset chooses types itself unless each layer is told, and takes no
 weights in INT8."""
@@ -192,7 +189,7 @@ def prepare_model(
         passes["mask_states"] = _give_mask_states(dense, spec)
     if plugins:  # behind the mask states, which are read beside the calls
         if not quick:
-            if precision in MAP_PRECISIONS:
+            if precision in PRECISIONS:  # their operators on maps compute in 16 bits
                 tokens_as_maps(dense)
             fuse_epilogues(dense)
         calls = Counter(node.op_type for node in dense.graph.node)
