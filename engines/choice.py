@@ -32,8 +32,9 @@ from engines.plugins.library import check_library, describe_library, library_for
 from engines.process import temporary_folder
 from engines.profiles import best_of, ranges_of
 from engines.timing import time_plans
-from mat_export.contract import GraphSpec, RunError, UserError
+from mat_export.contract import GraphSpec, RunError, UserError, plugin_problem
 from mat_export.files import file_digest
+from mat_torch.config import GeneratorConfig
 
 __all__ = ["Contest", "Verdict", "build_chosen", "find_library"]
 
@@ -80,6 +81,7 @@ def find_library(
     backend: Backend,
     options: BuildOptions,
     precision: str,
+    config: GeneratorConfig,
     given: Path | None = None,
     *,
     progress: Progress = lambda phase, done, total: None,
@@ -90,6 +92,7 @@ def find_library(
         backend: What builds the engine.
         options: What is asked; ``plugins`` says whether there must, may or must not be a library.
         precision: What the graph is typed in.
+        config: The network; nothing is compiled for one that there are no kernels for.
         given: The library to use.
         progress: Hears how far a library is that has to be built.
 
@@ -98,8 +101,8 @@ def find_library(
 
     Raises:
         UserError: If plugins are ``on`` or a library is given, and it cannot be used: the backend
-            has no plugin layers, the library is for another TensorRT or GPU, or what it takes to
-            build one is missing.
+            has no plugin layers, no kernel is for the network, the library is for another TensorRT
+            or GPU, or what it takes to build one is missing.
     """
     if options.plugins == "off":
         if given is not None:
@@ -108,6 +111,11 @@ def find_library(
                 "the two"
             )
         return None, "plugins are off"
+    problem = plugin_problem(config)
+    if problem and options.plugins == "auto" and given is None:
+        return None, problem
+    if problem:
+        raise UserError(f"{problem}: build with --plugins off")
     try:
         backend.check_plugins(precision, options)
         capability = find_gpu().capability

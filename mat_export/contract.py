@@ -32,6 +32,7 @@ __all__ = [
     "axes_of_size",
     "check_inputs",
     "mask_state_names",
+    "plugin_problem",
     "require_exportable",
 ]
 
@@ -299,6 +300,26 @@ def require_exportable(config: GeneratorConfig) -> None:
             f"only the published network can be exported and '{config.name}' has "
             f"{config.describe_ablations()}: run it in PyTorch (mat_torch.Generator)"
         )
+
+
+def plugin_problem(config: GeneratorConfig) -> str:
+    """Why the plugins have no kernel for a network, in a sentence; empty if they have.
+
+    The limits are those of ``mat_attention_problem`` (engines/plugins/kernels.cu).
+    """
+    strange = sorted({window for window in config.windows if window not in (8, 16)})
+    if strange:
+        return (
+            f"plugins have kernels for windows of 8 and 16 tokens a side, and '{config.name}' has "
+            f"windows of {' and '.join(map(str, strange))}"
+        )
+    size = config.token_dim // config.heads
+    if size % 2 or size > 32:
+        return (
+            "plugins have kernels for heads of an even number of channels up to 32, and those of "
+            f"'{config.name}' have {size}"
+        )
+    return ""
 
 
 # -- holding arrays against it ---------------------------------------------------------------------

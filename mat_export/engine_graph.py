@@ -24,6 +24,7 @@ from mat_export.contract import (
     GraphSpec,
     UserError,
     mask_state_names,
+    plugin_problem,
 )
 from mat_export.epilogues import fuse_epilogues
 from mat_export.free_types import free_types
@@ -125,10 +126,8 @@ def prepare_engine_graph(
 
     Raises:
         UserError: If there is no such file, it is not ours, not in the precision
-            that is needed, or cannot be lowered.
+            that is needed, or cannot be lowered, or if plugins have no kernel for its network.
     """
-    if precision not in ENGINE_PRECISIONS:
-        raise UserError(f"precision is one of {', '.join(ENGINE_PRECISIONS)}, got '{precision}'")
     return prepare_model(
         load_onnx(path),
         precision,
@@ -151,7 +150,12 @@ def prepare_model(
     label: str = "the model",
 ) -> EngineGraph:
     """`prepare_engine_graph` of a loaded model."""
+    if precision not in ENGINE_PRECISIONS:
+        raise UserError(f"precision is one of {', '.join(ENGINE_PRECISIONS)}, got '{precision}'")
     spec = spec_of(model, label)
+    problem = plugin_problem(spec.config) if plugins else ""
+    if problem:
+        raise UserError(f"{problem}: build with --plugins off")
     require_source(spec, precision, label)
     lowered = model
     if next(o.version for o in model.opset_import if o.domain == "") > opset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,7 +161,8 @@ AUTO, ON, OFF = (BuildOptions(plugins=choice) for choice in ("auto", "on", "off"
 
 def found(options: BuildOptions, given: Path | None = None, **more: Any) -> tuple[Path | None, str]:
     backend = open_backend(more.pop("backend", "tensorrt"), target=options.target)
-    return find_library(backend, options, more.pop("precision", "fp16"), given)
+    config = more.pop("config", SPEC.config)
+    return find_library(backend, options, more.pop("precision", "fp16"), config, given)
 
 
 def offer(
@@ -255,6 +257,28 @@ def test_what_the_backend_cannot_do_is_told_before_a_library_is_built(
         found(replace(options, plugins="on"), precision=precision)
     with pytest.raises(UserError, match=why):
         found(options, library, precision=precision)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"windows": (8, 16, 16, 4, 2)}, r"'mat-tiny-256' has windows of 2 and 4$"),
+        ({"token_dim": 99}, r"those of 'mat-tiny-256' have 33$"),
+    ],
+)
+def test_for_a_network_without_kernels_auto_goes_without_and_no_library_is_built(
+    changes: dict[str, Any], why: str, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = offer(monkeypatch, library)
+    config = replace(SPEC.config, **changes)
+    none, reason = found(AUTO, config=config)
+    assert none is None
+    assert re.search(why, reason)
+    for options, given in ((ON, None), (ON, library), (AUTO, library)):
+        with pytest.raises(UserError, match=rf"{why[:-1]}: build with --plugins off$"):
+            found(options, given, config=config)
+    assert found(OFF, config=config) == (None, "plugins are off")
     assert not asked
 
 

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from small import SMALL
 
+from engines.plugins.kernels import KernelLibrary, Tokens
 from mat_export.bench import example_inputs
-from mat_export.contract import OPERATOR_DOMAIN, GraphSpec, UserError, mask_state_names
-from mat_export.engine_graph import PLUGIN_OPERATORS, prepare_engine_graph, spec_of
+from mat_export.contract import (
+    OPERATOR_DOMAIN,
+    GraphSpec,
+    UserError,
+    mask_state_names,
+    plugin_problem,
+)
+from mat_export.engine_graph import (
+    PLUGIN_OPERATORS,
+    prepare_engine_graph,
+    prepare_model,
+    spec_of,
+)
 from mat_export.epilogues import expand_epilogues
+from mat_export.export import export_onnx
 from mat_export.functions import function_library
 from mat_export.parity import compare
 from mat_export.runners import OrtRunner
 from mat_export.token_maps import expand_token_maps
+from mat_torch import random_checkpoint
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -99,6 +116,50 @@ def test_the_source_is_left_as_it_is(tiny_onnx: Path) -> None:
     spec = GraphSpec.from_metadata(metadata)
     assert spec is not None
     assert spec.precision == "fp32"
+
+
+NO_KERNELS = {
+    "a window of 4": ({"windows": (8, 4, 16, 16, 8)}, "has windows of 4"),
+    "a window of 32": ({"windows": (8, 32, 16, 16, 2)}, "has windows of 2 and 32"),
+    "an odd head size": ({"token_dim": 6}, "those of 'test-128' have 3"),
+    "a head size above 32": ({"token_dim": 68}, "those of 'test-128' have 34"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), NO_KERNELS.values(), ids=NO_KERNELS)
+def test_a_network_that_plugins_have_no_kernel_for_is_refused_with_what_to_do(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(random_checkpoint(replace(SMALL, **changes), 0), path)
+    for quick in (False, True):
+        with pytest.raises(UserError, match=rf"{words}: build with --plugins off$"):
+            prepare_engine_graph(path, "fp16", opset=17, plugins=True, quick=quick)
+    assert "plugins" not in prepare_engine_graph(path, "fp16", opset=17).passes
+
+
+def test_a_precision_that_there_is_not_is_refused_of_a_loaded_model_too(small_onnx: Path) -> None:
+    for plugins in (False, True):
+        with pytest.raises(UserError, match=r"precision is one of fp32, tf32, .*, got 'fp8'"):
+            prepare_model(onnx.load(small_onnx), "fp8", opset=20, plugins=plugins)
+
+
+@pytest.mark.parametrize("head_size", [2, 3, 30, 32, 33, 34])
+@pytest.mark.parametrize("window", [2, 4, 8, 16, 32])
+def test_the_networks_that_are_refused_are_those_that_the_kernels_refuse(
+    paper_kernels: KernelLibrary, window: int, head_size: int
+) -> None:
+    config = replace(SMALL, token_dim=2 * head_size, windows=(window, 16, 16, 16, window))
+    q, y = np.zeros((2, window**2, 2 * 34), np.float32)
+    tokens, out = (Tokens(x.ctypes.data, 2 * 34) for x in (q, y))
+    call: dict[str, Any] = {"shape": (1, window, window), "heads": 2, "head_size": head_size}
+    call |= {"window": window, "shift": 0, "dtype": "float32"}
+    try:
+        paper_kernels.attention(tokens, tokens, tokens, out, **call)
+        refused = False
+    except UserError:
+        refused = True
+    assert bool(plugin_problem(config)) == refused
 
 
 def plugin_functions() -> list[onnx.FunctionProto]:
