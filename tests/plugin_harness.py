@@ -87,6 +87,31 @@ class Harness:
         call = (name.encode(), attributes.encode(), len(tensors), *described, pointers, where)
         return int(self.library.play(*call))
 
+    def play_in_turns(
+        self, name: str, attributes: str, contexts: list[list[Tensor]], outs: list[Tensor]
+    ) -> int:
+        """Run one node in several contexts of an engine, in turns and twice each.
+
+        Args:
+            name: Of the operator.
+            attributes: As `play` takes them.
+            contexts: The inputs of each, on the CPU, linear and of the same types.
+            outs: Where the result of each goes.
+
+        Returns:
+            0, the kernel's status, or the number of the stage that went wrong.
+        """
+        tensors = [[*given, out] for given, out in zip(contexts, outs, strict=True)]
+        shapes = [tuple(t.shape) for t in itertools.chain.from_iterable(tensors)]
+        numbers = (ctypes.c_int32 * (4 * len(shapes)))(*itertools.chain.from_iterable(shapes))
+        _, types, formats = _described(tensors[0], None, None)
+        addresses = [t.data_ptr() for t in itertools.chain.from_iterable(contexts)]
+        given = (ctypes.c_void_p * len(addresses))(*addresses)
+        where = (ctypes.c_void_p * len(outs))(*(out.data_ptr() for out in outs))
+        sizes = (len(contexts[0]), len(contexts))
+        call = (name.encode(), attributes.encode(), *sizes, numbers, types, formats, given, where)
+        return int(self.library.play_in_turns(*call))
+
     def fit(self, name: str, attributes: str, tensors: list[Tensor], formats: list[int]) -> bool:
         """Whether an operator takes and gives tensors, the result last, in these formats."""
         described = _described(tensors, None, formats)
@@ -120,6 +145,36 @@ class Harness:
             assert status == 0, (case, status, self.last_line)
             assert torch.equal(mask, ops.mask_propagation(valid, *cut).to(mask.dtype)), case
         return error
+
+    def check_contexts(self) -> None:
+        """Hold contexts that run in turns, each with its shapes, to the bits of each alone.
+
+        Raises:
+            AssertionError: If a stage fails, or a bit differs.
+        """
+        cases = [
+            Case(8, 4, (2, 3)),
+            Case(8, 4, (1, 2), batch=2, seed=1),
+            Case(8, 4, (3, 2), seed=2),
+        ]
+        drawn = [draw(case) for case in cases]
+        masks = [[as_integers(valid)] for _, _, _, valid in drawn if valid is not None]
+        tokens = [[q, k, v] for q, k, v, _ in drawn]
+        both = [[*qkv, *mask] for qkv, mask in zip(tokens, masks, strict=True)]
+        cut = "window=8 shift=4"
+        for name, attributes, contexts in (
+            ("MaskedWindowAttention", f"{cut} heads=2", both),
+            ("WindowAttention", f"{cut} heads=2", tokens),
+            ("MaskPropagation", cut, masks),
+        ):
+            alone = [torch.full_like(given[0], 9) for given in contexts]
+            for given, out in zip(contexts, alone, strict=True):
+                assert self.play(name, attributes, given, out) == 0, (name, self.last_line)
+            together = [torch.full_like(out, 7) for out in alone]
+            status = self.play_in_turns(name, attributes, contexts, together)
+            assert status == 0, (name, status, self.last_line)
+            for case, a, b in zip(cases, alone, together, strict=True):
+                assert torch.equal(a.view(torch.int16), b.view(torch.int16)), (name, case)
 
     def check_maps(self, case: Case) -> None:
         """Hold the operators on maps against the PyTorch reference in FP32.

@@ -89,6 +89,33 @@ extern "C" int play(char const* name, char const* attributes, int32_t inputs, in
     return status;
 }
 
+// Runs one node in several contexts of an engine, in turns and twice each. `shapes`, `in` and `out`
+// have those of the first one first.
+extern "C" int play_in_turns(char const* name, char const* attributes, int32_t inputs,
+                             int32_t contexts, int32_t const* shapes, int32_t const* types,
+                             int32_t const* formats, void const* const* in, void* const* out) {
+    IPluginV2DynamicExt* engine = made(creator_of(name), attributes);
+    if (engine == nullptr) return -1;
+    std::vector<IPluginV2DynamicExt*> clones;
+    std::vector<std::vector<PluginTensorDesc>> tensors;
+    for (int32_t i = 0; i < contexts; ++i) {
+        clones.push_back(engine->clone());
+        tensors.push_back(tensors_of(inputs, shapes + 4 * i * (inputs + 1), types, formats));
+    }
+    int status = 0;
+    for (int32_t turn = 0; status == 0 && turn < 2 * contexts; ++turn) {
+        const int32_t i = turn % contexts;
+        PluginTensorDesc const* own = tensors[i].data();
+        const auto launch = [&](auto from, auto to, cudaStream_t stream) {
+            return clones[i]->enqueue(own, own + inputs, from, to, nullptr, stream);
+        };
+        status = run(tensors[i], in + i * inputs, out[i], launch);
+    }
+    for (IPluginV2DynamicExt* clone : clones) clone->destroy();
+    engine->destroy();
+    return status;
+}
+
 // Whether a node with these attributes is refused.
 extern "C" int refused(char const* name, char const* attributes) {
     IPluginV2DynamicExt* plugin = made(creator_of(name), attributes);

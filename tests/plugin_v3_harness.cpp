@@ -48,6 +48,20 @@ Sides made(char const* name, char const* attributes) {
     return Sides(creator_of(name)->createPlugin("node", fields.get(), TensorRTPhase::kBUILD));
 }
 
+// An engine keeps a copy of a plugin's fields, and makes one of that.
+Sides read_back(IPluginCreatorV3One* creator, IPluginV3OneRuntime& runtime) {
+    PluginFieldCollection const* kept = runtime.getFieldsToSerialize();
+    if (kept->nbFields != 1 || kept->fields[0].type != PluginFieldType::kINT32) {
+        return Sides(nullptr);
+    }
+    auto const* numbers = static_cast<int32_t const*>(kept->fields[0].data);
+    const std::vector<int32_t> copy(numbers, numbers + kept->fields[0].length);
+    const PluginField field(kept->fields[0].name, copy.data(), PluginFieldType::kINT32,
+                            static_cast<int32_t>(copy.size()));
+    const PluginFieldCollection fields{1, &field};
+    return Sides(creator->createPlugin("node", &fields, TensorRTPhase::kRUNTIME));
+}
+
 std::vector<DynamicPluginTensorDesc> ranges_of(std::vector<PluginTensorDesc> const& tensors) {
     std::vector<DynamicPluginTensorDesc> ranges;
     for (PluginTensorDesc const& tensor : tensors) {
@@ -109,30 +123,54 @@ extern "C" int play(char const* name, char const* attributes, int32_t inputs, in
         if (clone.build->getNbTactics() != 0) return -9;
         if (clone.runtime->onShapeChange(tensors.data(), inputs, &tensors[inputs], 1)) return -10;
 
-        // An engine keeps a copy of the fields, and a plugin is made of that.
-        PluginFieldCollection const* kept = clone.runtime->getFieldsToSerialize();
-        if (kept->nbFields != 1 || kept->fields[0].type != PluginFieldType::kINT32) return -11;
-        auto const* numbers = static_cast<int32_t const*>(kept->fields[0].data);
-        const std::vector<int32_t> copy(numbers, numbers + kept->fields[0].length);
-        const PluginField field(kept->fields[0].name, copy.data(), PluginFieldType::kINT32,
-                                static_cast<int32_t>(copy.size()));
-        const PluginFieldCollection fields{1, &field};
-        read = Sides(creator->createPlugin("node", &fields, TensorRTPhase::kRUNTIME));
-        if (read.plugin == nullptr) return -12;
+        read = read_back(creator, *clone.runtime);
+        if (read.plugin == nullptr) return -11;
         char const* before = clone.build->getMetadataString();
-        if (std::strcmp(read.build->getMetadataString(), before) != 0) return -13;
+        if (std::strcmp(read.build->getMetadataString(), before) != 0) return -12;
     }
 
     // Running: every context has a clone of its own.
     Context context;
     const Sides attached(read.runtime->attachToContext(&context));
     read.plugin.reset();
-    if (attached.plugin == nullptr) return -14;
-    if (attached.runtime->onShapeChange(tensors.data(), inputs, &tensors[inputs], 1)) return -15;
+    if (attached.plugin == nullptr) return -13;
+    if (attached.runtime->onShapeChange(tensors.data(), inputs, &tensors[inputs], 1)) return -14;
     return run(tensors, in, out, [&](auto from, auto to, cudaStream_t stream) {
         return attached.runtime->enqueue(tensors.data(), &tensors[inputs], from, to, nullptr,
                                          stream);
     });
+}
+
+// Runs one node in several contexts of an engine, in turns and twice each. Every context has its
+// shapes, told before any of them runs; `shapes`, `in` and `out` have those of the first one first.
+extern "C" int play_in_turns(char const* name, char const* attributes, int32_t inputs,
+                             int32_t contexts, int32_t const* shapes, int32_t const* types,
+                             int32_t const* formats, void const* const* in, void* const* out) {
+    const Sides first = made(name, attributes);
+    const Sides engine = read_back(creator_of(name), *first.runtime);
+    if (engine.plugin == nullptr) return -1;
+    Context context;
+    std::vector<Sides> attached;
+    std::vector<std::vector<PluginTensorDesc>> tensors;
+    for (int32_t i = 0; i < contexts; ++i) {
+        attached.emplace_back(engine.runtime->attachToContext(&context));
+        tensors.push_back(tensors_of(inputs, shapes + 4 * i * (inputs + 1), types, formats));
+        if (attached[i].plugin == nullptr) return -2;
+    }
+    for (int32_t i = 0; i < contexts; ++i) {
+        PluginTensorDesc const* own = tensors[i].data();
+        if (attached[i].runtime->onShapeChange(own, inputs, own + inputs, 1)) return -3;
+    }
+    for (int32_t turn = 0; turn < 2 * contexts; ++turn) {
+        const int32_t i = turn % contexts;
+        PluginTensorDesc const* own = tensors[i].data();
+        const auto launch = [&](auto from, auto to, cudaStream_t stream) {
+            return attached[i].runtime->enqueue(own, own + inputs, from, to, nullptr, stream);
+        };
+        const int status = run(tensors[i], in + i * inputs, out[i], launch);
+        if (status != 0) return status;
+    }
+    return 0;
 }
 
 // Whether a node with these attributes is refused.

@@ -37,6 +37,10 @@ def test_every_operator_lives_through_build_and_run(
     harness.check(replace(case, dtype=dtype))
 
 
+def test_contexts_with_shapes_of_their_own_do_not_disturb_each_other(harness: Harness) -> None:
+    harness.check_contexts()
+
+
 def test_masks_are_integers_and_bools_are_refused(harness: Harness) -> None:
     harness.check_masks()
 
