@@ -116,7 +116,9 @@ def test_the_driver_for_compute_sanitizer_writes_what_it_should(tmp_path: Path) 
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    "architecture", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+)
 def test_the_kernels_compile_for_every_gpu_and_only_once(architecture: str, tmp_path: Path) -> None:
     made = compile_kernels(architecture, folder=tmp_path)
     assert made.read_bytes()[:4] == b"\x7fELF"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -298,6 +299,21 @@ def test_cmake_refuses_a_tensorrt_between_8_and_10(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "the headers are of TensorRT 9: give those of 8.6, or of 10 or" in done.stderr
+
+
+@needs_nvcc
+def test_by_default_there_is_code_for_each_generation_that_the_compiler_knows(
+    tmp_path: Path,
+) -> None:
+    headers, build = write_headers(tmp_path / "include"), tmp_path / "build"
+    command = ["cmake", "-S", str(SOURCES), "-B", str(build), f"-DTENSORRT_INCLUDE={headers}"]
+    subprocess.run(command, check=True, capture_output=True)
+    flags = (build / "CMakeFiles" / "mat_plugins.dir" / "flags.make").read_text()
+    coded = re.findall(r"code=\[?sm_(\d+)", flags)
+    known = {name.removeprefix("sm_") for name in find_toolchain(headers).architectures}
+    ours = ("75", "80", "86", "89", "90", "100", "110", "120")
+    assert coded == [number for number in ours if number in known]
+    assert re.findall(r"code=\[?compute_(\d+)", flags) == coded[-1:]
 
 
 def test_the_cache_holds_one_library_for_each_tensorrt_and_gpu(

@@ -110,9 +110,8 @@ class Registered:
         return decorate
 
 
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> Registered:
-    """The plugins, registered with a stand-in for TensorRT 10.9 or later."""
+def register(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Registered:
+    """The plugins for a GPU, registered with a stand-in for TensorRT 10.9 or later."""
     found = Registered()
     tensorrt, api = ModuleType("tensorrt"), ModuleType("tensorrt.plugin")
     for part in (TensorDesc, KernelLaunchParams, SymInt32, SymIntExprs):
@@ -122,8 +121,14 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Registered:
     with monkeypatch.context() as there:  # torch looks for TensorRT too, and would not like it
         there.setitem(sys.modules, "tensorrt", tensorrt)
         there.setitem(sys.modules, "tensorrt.plugin", api)
-        register_quick_plugins((9, 0))
+        register_quick_plugins(capability)
     return found
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Registered:
+    """The plugins for a GPU that has every type."""
+    return register(monkeypatch, (9, 0))
 
 
 KERNELS = {
@@ -241,6 +246,26 @@ def test_nodes_that_no_kernel_is_for_are_refused(
     tensors = [TensorDesc((1, 16, 16, 180), dtype)] * count
     with pytest.raises(UserError, match=f"mat::{operator}: .*{words}"):
         registered.implement[f"mat::{operator}"](*tensors, *attributes, tensors[:1], 0)
+
+
+def test_bf16_is_refused_of_a_gpu_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def compile_nothing(self: QuickKernel, capability: object, folder: object) -> Path:
+        (tmp_path / "kernel.ptx").write_text("PTX")
+        return tmp_path / "kernel.ptx"
+
+    monkeypatch.setattr(QuickKernel, "compile", compile_nothing)
+
+    def implement(capability: tuple[int, int], dtype: DataType) -> str:
+        tensors = [TensorDesc((1, 16, 16, 180), dtype)] * 3
+        found = register(monkeypatch, capability).implement["mat::WindowAttention"]
+        return str(found(*tensors, 8, 0, 6, tensors[:1], 0)[1])
+
+    with pytest.raises(UserError, match=r"BF16 needs .* 8\.0 or later, got 7\.5: build in FP16"):
+        implement((7, 5), DataType.BF16)
+    assert implement((7, 5), DataType.HALF) == "PTX"
+    assert implement((8, 0), DataType.BF16) == "PTX"
 
 
 def test_a_tensorrt_without_such_plugins_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

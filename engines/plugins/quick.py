@@ -136,7 +136,7 @@ def _register(
         node = dict(zip(attributes, values, strict=True))
         if "mask" in inputs and tensors[-1].dtype != tensorrt.DataType.INT32:
             raise UserError(f"mat::{operator}: its mask is INT32, got {tensors[-1].dtype}")
-        kernel = _kernel_of(operator, node, types.get(tensors[0].dtype))
+        kernel = _kernel_of(operator, node, types.get(tensors[0].dtype), capability)
         launch, scalars = _launch(api, kernel, tensors[0].shape_expr, node)
         return ENTRY, kernel.compile(capability, folder).read_text(), launch, scalars
 
@@ -150,7 +150,9 @@ def _register(
     api.aot_impl(name)(implement)
 
 
-def _kernel_of(operator: str, node: dict[str, int], dtype: str | None) -> QuickKernel:
+def _kernel_of(
+    operator: str, node: dict[str, int], dtype: str | None, capability: tuple[int, int]
+) -> QuickKernel:
     """The kernel of a node, if there is one. Raises UserError, as plugins refuse attributes."""
     if node["window"] not in (8, 16):
         raise UserError(f"mat::{operator}: attribute 'window' is 8 or 16, got {node['window']}")
@@ -164,6 +166,11 @@ def _kernel_of(operator: str, node: dict[str, int], dtype: str | None) -> QuickK
         raise UserError(f"mat::{operator}: attribute 'heads' is from 1 up, got {node['heads']}")
     if dtype is None:
         raise UserError(f"mat::{operator}: its tensors are FP32, FP16 or BF16")
+    if dtype == _TYPES["BF16"] and capability < (8, 0):
+        raise UserError(
+            f"mat::{operator}: BF16 needs a GPU of compute capability 8.0 or later, got "
+            f"{capability[0]}.{capability[1]}: build in FP16 or FP32"
+        )
     return QuickKernel(operator, node["window"], dtype)
 
 
