@@ -267,7 +267,8 @@ registry = tensorrt_rtx.get_plugin_registry()
 before = {creator.name for creator in registry.all_creators}
 registry.load_library(sys.argv[1])
 print(json.dumps([
-    [creator.name, creator.plugin_version, [field.name for field in creator.field_names]]
+    [creator.name, creator.plugin_version, creator.plugin_namespace,
+     [field.name for field in creator.field_names]]
     for creator in registry.all_creators if creator.name not in before
 ]))
 """
@@ -280,13 +281,13 @@ def test_a_registry_of_nvidias_lists_its_creators(compiled: Path) -> None:
         [sys.executable, "-c", _CREATORS, str(compiled)], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == [
-        ["MaskedWindowAttention", "1", ["window", "shift", "heads"]],
-        ["WindowAttention", "1", ["window", "shift", "heads"]],
-        ["MaskPropagation", "1", ["window", "shift"]],
-        ["FusedEpilogue", "1", ["filter", "pad", "gain", "slope", *EPILOGUE_PARTS]],
-        ["MaskedMapAttention", "1", ["window", "shift", "heads"]],
-        ["MapAttention", "1", ["window", "shift", "heads"]],
-        ["TokenNorm", "1", ["floor"]],
+        ["MaskedWindowAttention", "1", "", ["window", "shift", "heads"]],
+        ["WindowAttention", "1", "", ["window", "shift", "heads"]],
+        ["MaskPropagation", "1", "", ["window", "shift"]],
+        ["FusedEpilogue", "1", "", ["filter", "pad", "gain", "slope", *EPILOGUE_PARTS]],
+        ["MaskedMapAttention", "1", "", ["window", "shift", "heads"]],
+        ["MapAttention", "1", "", ["window", "shift", "heads"]],
+        ["TokenNorm", "1", "", ["floor"]],
     ]
 
 

@@ -37,6 +37,25 @@ def test_every_operator_lives_through_build_and_run(
     harness.check(replace(case, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "missing"),
+    [
+        ("WindowAttention", "shift=4 heads=6", "window"),
+        ("WindowAttention", "window=8 heads=6", "shift"),
+        ("WindowAttention", "window=8 shift=4", "heads"),
+        ("MapAttention", "window=8 heads=6", "shift"),
+        ("MaskPropagation", "shift=4", "window"),
+        ("MaskPropagation", "window=8", "shift"),
+        ("TokenNorm", "", "floor"),
+    ],
+)
+def test_an_attribute_that_is_missing_is_refused(
+    harness: Harness, name: str, given: str, missing: str
+) -> None:
+    assert harness.refused(name, given)
+    assert harness.last_line.startswith(f"mat::{name}: attribute '{missing}' is ")
+
+
 def test_contexts_with_shapes_of_their_own_do_not_disturb_each_other(harness: Harness) -> None:
     harness.check_contexts()
 

@@ -47,7 +47,7 @@ constexpr int kLargestSide = 1 << 15;  // of any axis, so that no product overfl
 struct Attributes {
     int32_t format = 3;  // of this struct
     Operator kind = Operator::kMaskedAttention;
-    int32_t window = 0, shift = 0;
+    int32_t window = 0, shift = -1;  // neither will do: a node has to give both
     int32_t heads = 0;              // of an attention; from here on of an epilogue
     int32_t filter = 0, pad = 0;
     int32_t parts[MAT_PARTS] = {};  // whether it has each, by MatEpiloguePart
