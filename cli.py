@@ -466,7 +466,7 @@ def _build(
     other = None if compare is None else check_comparable(spec, options, compare)
     with tracker("plugins") as progress:
         library, why = find_library(
-            found, options, precision.value, spec.config, plugin_library, progress=progress
+            found, options, precision.value, spec, plugin_library, progress=progress
         )
     command = ["mat-export", "trt", str(model), f"--{precision.value}", "-o", str(output)]
     command += [part for part in options.to_arguments() if part != "--tf32"]

@@ -34,7 +34,6 @@ from engines.profiles import best_of, ranges_of
 from engines.timing import time_plans
 from mat_export.contract import GraphSpec, RunError, UserError, plugin_problem
 from mat_export.files import file_digest
-from mat_torch.config import GeneratorConfig
 
 __all__ = ["Contest", "Verdict", "build_chosen", "find_library"]
 
@@ -81,7 +80,7 @@ def find_library(
     backend: Backend,
     options: BuildOptions,
     precision: str,
-    config: GeneratorConfig,
+    spec: GraphSpec,
     given: Path | None = None,
     *,
     progress: Progress = lambda phase, done, total: None,
@@ -92,7 +91,7 @@ def find_library(
         backend: What builds the engine.
         options: What is asked; ``plugins`` says whether there must, may or must not be a library.
         precision: What the graph is typed in.
-        config: The network; nothing is compiled for one that there are no kernels for.
+        spec: The graph; nothing is compiled for a network that there are no kernels for.
         given: The library to use.
         progress: Hears how far a library is that has to be built.
 
@@ -111,7 +110,7 @@ def find_library(
                 "the two"
             )
         return None, "plugins are off"
-    problem = plugin_problem(config)
+    problem = plugin_problem(spec.config)
     if problem and options.plugins == "auto" and given is None:
         return None, problem
     if problem:

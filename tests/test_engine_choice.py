@@ -161,8 +161,8 @@ AUTO, ON, OFF = (BuildOptions(plugins=choice) for choice in ("auto", "on", "off"
 
 def found(options: BuildOptions, given: Path | None = None, **more: Any) -> tuple[Path | None, str]:
     backend = open_backend(more.pop("backend", "tensorrt"), target=options.target)
-    config = more.pop("config", SPEC.config)
-    return find_library(backend, options, more.pop("precision", "fp16"), config, given)
+    spec = replace(SPEC, config=more.pop("config", SPEC.config))
+    return find_library(backend, options, more.pop("precision", "fp16"), spec, given)
 
 
 def offer(
