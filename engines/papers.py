@@ -32,10 +32,12 @@ __all__ = [
     "FORMAT",
     "OpenedPlan",
     "open_plan",
+    "read_engine",
     "read_engine_manifest",
     "rebuild_command",
     "record_parity",
     "save_engine",
+    "write_engine",
 ]
 
 FORMAT = 1
@@ -106,10 +108,19 @@ def save_engine(plan: bytes, path: _PATH, facts: Mapping[str, Any]) -> dict[str,
             str(facts["request"]["backend"]): str(facts["request"]["version"]),
         },
     }
+    write_engine(plan, path, manifest)
+    return manifest
+
+
+def write_engine(plan: bytes, path: _PATH, manifest: Mapping[str, Any]) -> None:
+    """Write a plan and the whole manifest of it, both or neither.
+
+    Raises:
+        UserError: If either cannot be written.
+    """
     with atomic_path(manifest_path(path)) as papers, atomic_path(path) as temporary:
         temporary.write_bytes(plan)
         papers.write_text(_json(manifest), encoding="utf-8")
-    return manifest
 
 
 def record_parity(path: _PATH, verdict: Mapping[str, Any]) -> None:
@@ -135,7 +146,7 @@ def read_engine_manifest(path: _PATH) -> dict[str, Any]:
     Raises:
         UserError: If either is missing, unreadable or damaged, or they do not belong together.
     """
-    return _read(Path(path))[0]
+    return read_engine(path)[0]
 
 
 def open_plan(path: _PATH) -> OpenedPlan:
@@ -147,7 +158,7 @@ def open_plan(path: _PATH) -> OpenedPlan:
             what differs and how to build it again.
     """
     path = Path(path)
-    manifest, plan = _read(path)
+    manifest, plan = read_engine(path)
     request = manifest["request"]
     again = f"build it again: {rebuild_command(manifest)}"
     options = BuildOptions.from_dict(request["options"])
@@ -169,7 +180,9 @@ def rebuild_command(manifest: Mapping[str, Any]) -> str:
     return shlex.join(str(part) for part in manifest["command"])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+def read_engine(path: _PATH) -> tuple[dict[str, Any], bytes]:
+    """The manifest of a plan and the plan's bytes. Raises UserError as read_engine_manifest."""
+    path = Path(path)
     own = manifest_path(path)
     if not path.is_file():
         raise UserError(f"there is no file '{path}'")

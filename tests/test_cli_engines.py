@@ -46,7 +46,9 @@ def plan(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import cli
 
     path = tmp_path_factory.mktemp("plan") / "tiny.plan"
-    cli.trt(model=tiny_onnx, output=path, target="sm_89")
+    with pytest.MonkeyPatch.context() as patched:  # before no_cache, whose scope is narrower
+        patched.setenv("XDG_CACHE_HOME", str(path.parent / "cache"))
+        cli.trt(model=tiny_onnx, output=path, target="sm_89")
     return path
 
 

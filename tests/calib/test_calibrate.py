@@ -297,9 +297,10 @@ def test_the_rest_in_half_costs_little(
 
 
 def test_tensorrt_rtx_computes_the_layers_in_int8(
-    small_calibration: Quantized, tmp_path: Path
+    small_calibration: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path, done = small_calibration
     plan = tmp_path / "model.plan"
     arguments = ["trt", path, "--int8", "--target", "sm_89", "-o", plan]
