@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -46,10 +45,6 @@ FORMAT = 1
 KIND = "engine"
 
 _PATH = str | os.PathLike[str]
-
-_SUCCESSORS = {8: (8, 9, 10), 10: (10, 11)}
-"""Major versions of TensorRT that run version-compatible engines of a major version; else its own
-and the next."""
 
 
 @dataclass(frozen=True)
@@ -328,20 +323,12 @@ def _digest_if_any(path: Path) -> str:
 def _check_version(
     path: Path, backend: Backend, built: str, options: BuildOptions, again: str
 ) -> None:
-    if built == backend.version:
+    if backend.runs_engines_of(built, version_compatible=options.version_compatible):
         return
-    if options.version_compatible:
-        old, new = _numbers(built), _numbers(backend.version)
-        if old <= new and new[0] in _SUCCESSORS.get(old[0], (old[0], old[0] + 1)):
-            return
     raise UserError(
         f"'{path}' was built with {backend.title} {built}, and {backend.version} is installed; "
         f"{again}"
     )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", version)) or (0,)
 
 
 def _check_gpu(

@@ -135,6 +135,30 @@ def test_versions_between_the_known_ones_are_refused(install: Install, version: 
         open_backend("tensorrt")
 
 
+@pytest.mark.parametrize(
+    ("built", "installed", "runs"),
+    [
+        ("8.6.0", "8.6.1", True),
+        ("8.6.1", "8.6.0", False),
+        ("8.6.1", "10.13.3", True),
+        ("8.6.1", "11.0.0", False),
+        ("10.13.3", "11.2.0", True),
+        ("10.13.3", "12.0.0", False),
+        ("11.0.0", "12.0.0", True),
+        ("11.0.0", "10.14.0", False),
+        ("", "10.13.3", False),
+    ],
+)
+def test_a_backend_knows_whose_engines_it_runs(
+    install: Install, built: str, installed: str, runs: bool
+) -> None:
+    install(installed)
+    backend = open_backend("tensorrt")
+    assert backend.runs_engines_of(built, version_compatible=True) is runs
+    assert not backend.runs_engines_of(built, version_compatible=False)
+    assert backend.runs_engines_of(installed, version_compatible=False)
+
+
 @pytest.mark.usefixtures("no_rtx")
 def test_a_backend_that_is_not_installed_says_what_to_install(install: Install) -> None:
     install(None)

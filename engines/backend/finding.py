@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import re
 from dataclasses import dataclass
 
-from engines.backend.base import Backend
+from engines.backend.base import Backend, numbers_of
 from engines.backend.gpu import capability_text, find_gpu
 from engines.backend.rtx import TensorRTRtx
 from engines.backend.tensorrt8 import TensorRT8
@@ -95,8 +94,8 @@ def _find(name: str) -> Backend | Absent:
         return Absent(name, f"installed, but does not import ({reason}): {extra}")
     if name == "tensorrt-rtx":
         return TensorRTRtx(module)
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    if numbers[:2] == (8, 6):
+    numbers = numbers_of(version)[:2]
+    if numbers == (8, 6):
         return TensorRT8(module)
     if numbers >= (10, 13):
         return Backend(module)
