@@ -25,7 +25,15 @@ from fake_tensorrt import GPU, fake_device_info, make_tensorrt, write_module
 from onnx import TensorProto, helper
 from small import SMALL
 
-from engines.backend import Absent, Backend, BuildHooks, Gpu, find_backends, open_backend
+from engines.backend import (
+    Absent,
+    Backend,
+    BuildHooks,
+    Gpu,
+    find_backends,
+    is_for_weak_types,
+    open_backend,
+)
 from engines.backend.messages import logger_of
 from engines.backend.tensorrt8 import _LogProgress
 from engines.build import BuildReport, build_engine, timing_cache_path
@@ -124,6 +132,7 @@ def test_a_backend_says_what_it_parses(
     backend = open_backend("tensorrt")
     assert (backend.name, backend.version, backend.opset) == ("tensorrt", version, opset)
     assert backend.precisions == precisions
+    assert backend.weakly_typed == is_for_weak_types(opset) == (opset == 17)
     assert backend.targets == ()
     assert not backend.builds_without_gpu
 

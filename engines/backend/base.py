@@ -43,6 +43,8 @@ class Backend:
         opset: Newest opset of the ONNX standard that it is known to parse.
         ir_version: Newest ONNX IR version likewise, or None for any.
         precisions: What a file may be typed in.
+        weakly_typed: Whether it chooses types itself unless each layer is told; then it takes no
+            weights in INT8 either.
         builds_without_gpu: Whether it builds for a GPU that is not here.
         has_timing_cache: Whether its builds time kernels and remember the figures.
         has_plugin_layers: Whether a graph may call operators of a plugin library.
@@ -55,6 +57,7 @@ class Backend:
     opset: int = 22
     ir_version: int | None = None
     precisions: frozenset[str] = frozenset(("fp32", "tf32", "fp16", "bf16", "int8"))
+    weakly_typed: bool = False
     builds_without_gpu: bool = False
     has_timing_cache: bool = True
     has_plugin_layers: bool = True

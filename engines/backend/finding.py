@@ -12,7 +12,7 @@ from engines.backend.tensorrt8 import TensorRT8
 from engines.options import BACKENDS, parse_target
 from mat_export.contract import UserError
 
-__all__ = ["Absent", "find_backends", "open_backend"]
+__all__ = ["Absent", "find_backends", "is_for_weak_types", "open_backend"]
 
 _EXTRAS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 """The extra of mat-export that installs each backend."""
@@ -58,6 +58,11 @@ def open_backend(choice: str = "auto", *, target: str | None = None) -> Backend:
     if target is not None:
         found.check_target(parse_target(target))
     return found
+
+
+def is_for_weak_types(opset: int) -> bool:
+    """Whether a file of an opset is for a weakly typed backend: one of ours parses no newer."""
+    return opset <= TensorRT8.opset
 
 
 def _open_for_gpu() -> Backend:
