@@ -478,6 +478,7 @@ def _build(
             loaded,
             precision.value,
             opset=found.opset,
+            weakly_typed=found.weakly_typed,
             mask_states=mask_states,
             plugins=plugins,
             label=f"'{model}'",
@@ -580,7 +581,8 @@ def refit(
     require_writable(target)
     opened = open_plan(plan)
     passes = opened.manifest["sources"].get("passes", {})
-    opset, states = opened.backend.opset, "mask_states" in passes
+    opset, weakly_typed = opened.backend.opset, opened.backend.weakly_typed
+    states = "mask_states" in passes
     plugins = "plugins" in passes
     precision = opened.spec.precision
     build = [str(part) for part in opened.manifest["command"]]
@@ -593,6 +595,7 @@ def refit(
             loaded,
             precision,
             opset=opset,
+            weakly_typed=weakly_typed,
             mask_states=states,
             plugins=plugins,
             label=f"'{checkpoint}'",
@@ -615,7 +618,14 @@ def refit(
         )
         note("exporting the new weights")
         model, _ = build_model(weights, spec, progress=note)
-        graph = prepare_model(model, precision, opset=opset, mask_states=states, plugins=plugins)
+        graph = prepare_model(
+            model,
+            precision,
+            opset=opset,
+            weakly_typed=weakly_typed,
+            mask_states=states,
+            plugins=plugins,
+        )
         exported = target.with_suffix(".onnx")
         export = ["mat-export", "onnx", "--checkpoint", str(checkpoint), "--key", key]
         export += [*spec.to_arguments(), "-o", str(exported)]
@@ -657,6 +667,7 @@ def lower(
     ] = False,
 ) -> None:
     """Write the graph that 'trt' builds engines of, for trtexec, Polygraphy and others."""
+    from engines.backend import is_for_weak_types
     from mat_export.console import note
     from mat_export.engine_graph import prepare_model
     from mat_export.files import file_digest, require_other, require_writable
@@ -672,6 +683,7 @@ def lower(
         load_onnx(model),
         precision.value,
         opset=opset,
+        weakly_typed=is_for_weak_types(opset),
         mask_states=mask_states,
         plugins=plugins,
         label=f"'{model}'",
@@ -719,15 +731,17 @@ def debug(
     if json_file is not None:
         require_other(json_file, model)
         require_writable(json_file)
-    opset = 22
+    opset, weakly_typed = 22, False
     if backend is not TrialName.onnxruntime:
         from engines.backend import open_backend
 
         chosen = open_backend(backend.value)
         chosen.check_precision(precision.value)
-        opset = chosen.opset
+        opset, weakly_typed = chosen.opset, chosen.weakly_typed
     loaded = load_onnx(model)
-    graph = prepare_model(loaded, precision.value, opset=opset, label=f"'{model}'")
+    graph = prepare_model(
+        loaded, precision.value, opset=opset, weakly_typed=weakly_typed, label=f"'{model}'"
+    )
     reference = prepare_model(loaded, "fp32", opset=opset, label=f"'{model}'")
 
     def on_cpu(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 
 from engines import worker
 from engines.backend import Backend, Gpu, find_gpu, open_backend
+from engines.index import recall_engine, remember_engine
 from engines.options import BuildOptions
-from engines.papers import FORMAT, read_engine_manifest, save_engine
+from engines.papers import FORMAT, read_engine_manifest, save_engine, write_engine
 from engines.process import WorkerLog, run_worker
 from engines.profiles import profiles_of
 from mat_export.contract import GraphSpec, UserError
@@ -49,7 +50,7 @@ class BuildReport:
     Attributes:
         path: The plan; its manifest is beside it.
         manifest: Everything that is known of it.
-        cached: The plan was there already, made by the same request.
+        cached: The same request had built the plan before, here or elsewhere.
         seconds: Wall time of this call.
     """
 
@@ -156,6 +157,7 @@ def build_engine(
     if found is not None:
         return BuildReport(output, found, True, time.monotonic() - started)
     manifest = run_build(build, output, progress=progress, note=note, timing_cache=timing_cache)
+    remember_engine(output, manifest, [build.key])
     return BuildReport(output, manifest, False, time.monotonic() - started)
 
 
@@ -218,22 +220,64 @@ def check_build(
 def find_built(output: Path, builds: Sequence[Build], note: Note) -> dict[str, Any] | None:
     """The manifest of the output if one of these builds made it; else say why it is built anew.
 
+    An engine that one of them made elsewhere is copied to the output.
+
     Args:
         output: The plan, which need not be there.
         builds: One or more.
-        note: Called with the reason.
+        note: Called with where the engine was, or the reason.
+
+    Raises:
+        UserError: If the output cannot be written.
     """
-    if not output.exists():
-        return None
-    try:
-        manifest = read_engine_manifest(output)
-    except UserError as error:
-        note(f"building anew: {error}")
-        return None
-    if manifest["key"] in {build.key for build in builds}:
+    why = None
+    if output.exists():
+        try:
+            manifest = read_engine_manifest(output)
+        except UserError as error:
+            why = f"building anew: {error}"
+        else:
+            why = _why_anew(output, manifest, builds)
+            if why is None:
+                keys = [build.key for build in builds]
+                if not any(map(recall_engine, keys)):  # it was moved, or the cache was emptied
+                    remember_engine(output, manifest, keys)
+                return manifest
+    copied = _copy_built(output, builds, note)
+    if copied is None and why is not None:
+        note(why)
+    return copied
+
+
+def _why_anew(output: Path, manifest: Mapping[str, Any], builds: Sequence[Build]) -> str | None:
+    """Why an engine is not what one of these builds gives; None if it is."""
+    if manifest["key"] not in {build.key for build in builds}:
+        changed = min((_changes(manifest["request"], build.request) for build in builds), key=len)
+        told = "; ".join(changed) or "its weights were swapped"
+        return f"building '{output}' anew, since it was built otherwise: {told}"
+    if "undecided" in manifest["sources"].get("plugin_choice", {}):
+        return "building anew, since the last contest with plugins was not decided"
+    return None
+
+
+def _copy_built(output: Path, builds: Sequence[Build], note: Note) -> dict[str, Any] | None:
+    """Copy the engine that one of these builds made elsewhere; its manifest, None if there is none.
+
+    Where its files lie, and the command that builds it again, are those of this build.
+    """
+    for recalled in (recall_engine(build.key) for build in builds):
+        if recalled is None:
+            continue
+        path, manifest, plan = recalled
+        if _why_anew(path, manifest, builds) is not None:
+            continue
+        build = next(build for build in builds if build.key == manifest["key"])
+        choice = {k: v for k, v in manifest["sources"].items() if k == "plugin_choice"}
+        manifest["sources"] = {**choice, **build.sources}
+        manifest["command"] = list(build.command)
+        write_engine(plan, output, manifest)
+        note(f"the same request built '{path}' before: copied")
         return manifest
-    changed = min((_changes(manifest["request"], build.request) for build in builds), key=len)
-    note(f"building '{output}' anew, since it was built otherwise: {'; '.join(changed)}")
     return None
 
 

@@ -26,6 +26,7 @@ from engines.build import (
     find_built,
     run_build,
 )
+from engines.index import remember_engine
 from engines.options import BuildOptions, Size
 from engines.papers import open_plan, save_engine
 from engines.plugins.library import check_library, describe_library, library_for
@@ -248,7 +249,7 @@ def _build_faster(
     force: bool,
     timing_cache: Path | None,
 ) -> BuildReport:
-    """Build both, unless one of them is there from the same contest; keep one."""
+    """Build both, unless the one to keep is known from the same contest; keep one."""
     started = time.monotonic()
     papers = _papers_of(library)
     builds = []
@@ -259,9 +260,6 @@ def _build_faster(
             check_build(model, output, options, sources=sources, weighed=papers["sha256"])
         )
     found = None if force else find_built(output, builds, note)
-    if found is not None and "undecided" in found["sources"].get("plugin_choice", {}):
-        note("building anew, since the last contest with plugins was not decided")
-        found = None
     if found is not None:
         return BuildReport(output, found, True, time.monotonic() - started)
     note("building twice, without plugins and with them (--plugins on or off builds once)")
@@ -288,6 +286,8 @@ def _build_faster(
         if plain.passed and ours.passed and None in (plain.milliseconds, ours.milliseconds):
             choice["undecided"] = True
         manifest = save_engine(kept.path.read_bytes(), output, _manifest(kept, choice))
+        if "undecided" not in choice:  # the engine of either request is the one that won
+            remember_engine(output, manifest, [build.key for build in builds])
     progress("built", 100, 100)
     return BuildReport(output, manifest, False, time.monotonic() - started)
 

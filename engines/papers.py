@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,10 +31,12 @@ __all__ = [
     "FORMAT",
     "OpenedPlan",
     "open_plan",
+    "read_engine",
     "read_engine_manifest",
     "rebuild_command",
     "record_parity",
     "save_engine",
+    "write_engine",
 ]
 
 FORMAT = 1
@@ -44,10 +45,6 @@ FORMAT = 1
 KIND = "engine"
 
 _PATH = str | os.PathLike[str]
-
-_SUCCESSORS = {8: (8, 9, 10), 10: (10, 11)}
-"""Major versions of TensorRT that run version-compatible engines of a major version; else its own
-and the next."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +103,19 @@ def save_engine(plan: bytes, path: _PATH, facts: Mapping[str, Any]) -> dict[str,
             str(facts["request"]["backend"]): str(facts["request"]["version"]),
         },
     }
+    write_engine(plan, path, manifest)
+    return manifest
+
+
+def write_engine(plan: bytes, path: _PATH, manifest: Mapping[str, Any]) -> None:
+    """Write a plan and the whole manifest of it, both or neither.
+
+    Raises:
+        UserError: If either cannot be written.
+    """
     with atomic_path(manifest_path(path)) as papers, atomic_path(path) as temporary:
         temporary.write_bytes(plan)
         papers.write_text(_json(manifest), encoding="utf-8")
-    return manifest
 
 
 def record_parity(path: _PATH, verdict: Mapping[str, Any]) -> None:
@@ -135,7 +141,7 @@ def read_engine_manifest(path: _PATH) -> dict[str, Any]:
     Raises:
         UserError: If either is missing, unreadable or damaged, or they do not belong together.
     """
-    return _read(Path(path))[0]
+    return read_engine(path)[0]
 
 
 def open_plan(path: _PATH) -> OpenedPlan:
@@ -147,7 +153,7 @@ def open_plan(path: _PATH) -> OpenedPlan:
             what differs and how to build it again.
     """
     path = Path(path)
-    manifest, plan = _read(path)
+    manifest, plan = read_engine(path)
     request = manifest["request"]
     again = f"build it again: {rebuild_command(manifest)}"
     options = BuildOptions.from_dict(request["options"])
@@ -169,7 +175,9 @@ def rebuild_command(manifest: Mapping[str, Any]) -> str:
     return shlex.join(str(part) for part in manifest["command"])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+def read_engine(path: _PATH) -> tuple[dict[str, Any], bytes]:
+    """The manifest of a plan and the plan's bytes. Raises UserError as read_engine_manifest."""
+    path = Path(path)
     own = manifest_path(path)
     if not path.is_file():
         raise UserError(f"there is no file '{path}'")
@@ -315,20 +323,12 @@ def _digest_if_any(path: Path) -> str:
 def _check_version(
     path: Path, backend: Backend, built: str, options: BuildOptions, again: str
 ) -> None:
-    if built == backend.version:
+    if backend.runs_engines_of(built, version_compatible=options.version_compatible):
         return
-    if options.version_compatible:
-        old, new = _numbers(built), _numbers(backend.version)
-        if old <= new and new[0] in _SUCCESSORS.get(old[0], (old[0], old[0] + 1)):
-            return
     raise UserError(
         f"'{path}' was built with {backend.title} {built}, and {backend.version} is installed; "
         f"{again}"
     )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", version)) or (0,)
 
 
 def _check_gpu(

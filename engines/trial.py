@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from engines.build import build_engine
+from engines.build import check_build, run_build
 from engines.options import BuildOptions
 from engines.papers import open_plan
 from engines.process import temporary_folder
@@ -42,7 +42,7 @@ def run_tensorrt(
     with temporary_folder() as folder:
         plan = folder / "trial.plan"
         options = BuildOptions(backend=backend, level=0, tf32=tf32, tactic_sources=tactic_sources)
-        build_engine(model.SerializeToString(), plan, options)
+        run_build(check_build(model.SerializeToString(), plan, options), plan)
         opened = open_plan(plan)
     with Engine(opened.backend, opened.plan) as engine:
         used = [tensor.name for tensor in engine.tensors if tensor.mode == "input"]

@@ -51,10 +51,6 @@ ENGINE_PRECISIONS = ("fp32", "tf32", *PRECISIONS)
 """What an engine may compute in; ``tf32`` is the FP32 graph on TF32 tensor cores, ``int8`` a graph
 with Q/DQ nodes, the rest of it in FP16."""
 
-STRONG_TYPES = 18
-"""TensorRT that parses no such opset chooses types itself unless each layer is told, and takes no
-weights in INT8."""
-
 
 @dataclass(frozen=True)
 class EngineGraph:
@@ -108,6 +104,7 @@ def prepare_engine_graph(
     precision: str,
     *,
     opset: int,
+    weakly_typed: bool = False,
     mask_states: bool = False,
     plugins: bool = False,
     quick: bool = False,
@@ -118,6 +115,8 @@ def prepare_engine_graph(
         path: A file of ``mat-export onnx``, in FP32; for ``int8`` one of ``mat-export calibrate``.
         precision: One of ENGINE_PRECISIONS.
         opset: The newest opset the backend parses.
+        weakly_typed: The backend chooses types itself unless each layer is told, and takes no
+            weights in INT8 (`engines.backend.Backend.weakly_typed`).
         mask_states: Give the masks of stage one as outputs too, for a parity check.
         plugins: Leave PLUGIN_OPERATORS to a plugin library: the graph calls them, and nothing in
             it says what they do. Their masks are INT32.
@@ -132,6 +131,7 @@ def prepare_engine_graph(
         load_onnx(path),
         precision,
         opset=opset,
+        weakly_typed=weakly_typed,
         mask_states=mask_states,
         plugins=plugins,
         quick=quick,
@@ -144,6 +144,7 @@ def prepare_model(
     precision: str,
     *,
     opset: int,
+    weakly_typed: bool = False,
     mask_states: bool = False,
     plugins: bool = False,
     quick: bool = False,
@@ -173,7 +174,7 @@ def prepare_model(
         "computed_biases": computed,
     }
     if precision in PRECISIONS:
-        if opset < STRONG_TYPES:
+        if weakly_typed:
             passes["blended_outputs"] = blend_outputs(dense)
         typed = apply_precision(dense, precision, keep=keep)
         passes |= {
@@ -186,7 +187,7 @@ def prepare_model(
         passes["hoisted_casts"] = hoist_casts(dense.graph)
     if precision == "int8":
         passes["quantized"] = sum(node.op_type == "QuantizeLinear" for node in dense.graph.node)
-        if opset < STRONG_TYPES:
+        if weakly_typed:
             dense = free_types(dense)
             passes["weights_rounded_in_graph"] = quantize_in_graph(dense.graph)
     if mask_states:

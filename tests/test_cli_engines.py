@@ -46,7 +46,9 @@ def plan(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import cli
 
     path = tmp_path_factory.mktemp("plan") / "tiny.plan"
-    cli.trt(model=tiny_onnx, output=path, target="sm_89")
+    with pytest.MonkeyPatch.context() as patched:  # before no_cache, whose scope is narrower
+        patched.setenv("XDG_CACHE_HOME", str(path.parent / "cache"))
+        cli.trt(model=tiny_onnx, output=path, target="sm_89")
     return path
 
 
@@ -160,6 +162,26 @@ def test_trt_keeps_the_faster_engine_and_builds_it_once(
     code, _, error = run("bench", out)
     one_sentence(code, error)
     assert "bring it, or build it again: mat-export trt" in error
+
+
+@pytest.mark.parametrize(("version", "blended"), [("8.6.0", 1), ("10.13.3", None)])
+def test_trt_prepares_the_graph_for_the_types_of_the_backend(
+    run: Run,
+    tiny_onnx: Path,
+    tmp_path: Path,
+    install: Install,
+    gpu: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    blended: int | None,
+) -> None:
+    install(version)
+    monkeypatch.setattr("engines.build.run_worker", lambda *_: ({}, b"a plan"))
+    out = tmp_path / "mat.plan"
+    code, _, error = run("trt", tiny_onnx, "--plugins", "off", "-o", out)
+    assert code == 0, error
+    passes = json.loads(Path(f"{out}.json").read_text())["sources"]["passes"]
+    assert passes.get("blended_outputs") == blended
 
 
 def test_trt_exits_with_1_where_no_engine_passes_parity(
@@ -344,7 +366,7 @@ def test_doctor_tells_of_the_plugin_library(
 # -- the graph that engines are built of -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "opset"), [("fp16", 20), ("fp32", 17)])
+@pytest.mark.parametrize(("precision", "opset"), [("fp16", 20), ("fp16", 17), ("fp32", 17)])
 def test_lower_writes_the_graph_that_engines_are_built_of(
     run: Run, tiny_onnx: Path, tmp_path: Path, precision: str, opset: int
 ) -> None:
@@ -355,7 +377,7 @@ def test_lower_writes_the_graph_that_engines_are_built_of(
     assert code == 0, error
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
-    expected = prepare_engine_graph(tiny_onnx, precision, opset=opset)
+    expected = prepare_engine_graph(tiny_onnx, precision, opset=opset, weakly_typed=opset == 17)
     assert model == expected.model
     assert not model.functions
     assert {o.version for o in model.opset_import if o.domain == ""} == {opset}

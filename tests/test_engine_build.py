@@ -25,11 +25,20 @@ from fake_tensorrt import GPU, fake_device_info, make_tensorrt, write_module
 from onnx import TensorProto, helper
 from small import SMALL
 
-from engines.backend import Absent, Backend, BuildHooks, Gpu, find_backends, open_backend
+from engines.backend import (
+    Absent,
+    Backend,
+    BuildHooks,
+    Gpu,
+    find_backends,
+    is_for_weak_types,
+    open_backend,
+)
 from engines.backend.messages import logger_of
 from engines.backend.tensorrt8 import _LogProgress
-from engines.build import build_engine, timing_cache_path
+from engines.build import BuildReport, build_engine, timing_cache_path
 from engines.options import BuildOptions
+from engines.papers import read_engine_manifest, record_parity, save_engine
 from engines.worker import CacheFile, CacheKeeper, Percentage
 from mat_export.contract import METADATA_KEY, GraphSpec, UserError
 from mat_export.files import file_digest
@@ -123,6 +132,7 @@ def test_a_backend_says_what_it_parses(
     backend = open_backend("tensorrt")
     assert (backend.name, backend.version, backend.opset) == ("tensorrt", version, opset)
     assert backend.precisions == precisions
+    assert backend.weakly_typed == is_for_weak_types(opset) == (opset == 17)
     assert backend.targets == ()
     assert not backend.builds_without_gpu
 
@@ -132,6 +142,30 @@ def test_versions_between_the_known_ones_are_refused(install: Install, version: 
     install(version)
     with pytest.raises(UserError, match=rf"version {version}, we know 8.6 and from 10.13"):
         open_backend("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("built", "installed", "runs"),
+    [
+        ("8.6.0", "8.6.1", True),
+        ("8.6.1", "8.6.0", False),
+        ("8.6.1", "10.13.3", True),
+        ("8.6.1", "11.0.0", False),
+        ("10.13.3", "11.2.0", True),
+        ("10.13.3", "12.0.0", False),
+        ("11.0.0", "12.0.0", True),
+        ("11.0.0", "10.14.0", False),
+        ("", "10.13.3", False),
+    ],
+)
+def test_a_backend_knows_whose_engines_it_runs(
+    install: Install, built: str, installed: str, runs: bool
+) -> None:
+    install(installed)
+    backend = open_backend("tensorrt")
+    assert backend.runs_engines_of(built, version_compatible=True) is runs
+    assert not backend.runs_engines_of(built, version_compatible=False)
+    assert backend.runs_engines_of(installed, version_compatible=False)
 
 
 @pytest.mark.usefixtures("no_rtx")
@@ -489,10 +523,10 @@ def test_a_build_loads_the_plugins_it_was_given(install: Install, tmp_path: Path
     assert report.manifest["request"]["plugin"] == plugin["sha256"]
     library.write_bytes(b"something else")
     with pytest.raises(UserError, match=r"is no plugin library for TensorRT 8\.6\.0"):
-        build_engine(model_of(), tmp_path / "b.plan", BuildOptions(), sources=given)
+        build_engine(model_of(), tmp_path / "b.plan", BuildOptions(), sources=given, force=True)
     library.unlink()
     with pytest.raises(UserError, match="there is no plugin library"):
-        build_engine(model_of(), tmp_path / "b.plan", BuildOptions(), sources=given)
+        build_engine(model_of(), tmp_path / "b.plan", BuildOptions(), sources=given, force=True)
     assert not (tmp_path / "b.plan").exists()
 
 
@@ -662,11 +696,177 @@ def test_the_same_request_builds_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr("subprocess.Popen", no_process)
-        again = build_engine(model_of(), plan, BuildOptions(level=1))
-        assert again.cached
-        assert again.manifest["sha256"] == first.manifest["sha256"]
+        second = build_engine(model_of(), plan, BuildOptions(level=1))
+        assert second.cached
+        assert second.manifest["sha256"] == first.manifest["sha256"]
         with pytest.raises(AssertionError, match="process"):
             build_engine(model_of(), plan, BuildOptions(level=1), force=True)
+
+
+def again(plan: Path, notes: list[str] | None = None, **more: Any) -> BuildReport:
+    """Ask for the engine of the tests below."""
+    said = [] if notes is None else notes
+    return build_engine(model_of(), plan, BuildOptions(level=1), note=said.append, **more)
+
+
+@pytest.fixture
+def elsewhere(install: Install, gpu: dict[str, Any], plan: Path) -> Path:
+    """Where to ask for the engine that is built at `plan`."""
+    install("10.13.3")
+    sources = {"onnx": {"path": "a.onnx"}, "command": ["mat-export", "trt", "a.onnx"]}
+    assert not again(plan, sources=sources).cached
+    (plan.parent / "elsewhere").mkdir()
+    return plan.parent / "elsewhere" / "other.plan"
+
+
+def test_the_same_request_builds_nothing_whatever_its_output_is_called(
+    plan: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_parity(plan, {"passed": True})
+    built = read_engine_manifest(plan)
+    elsewhere.write_bytes(b"what was there")
+    monkeypatch.setattr("subprocess.Popen", no_process)
+    notes: list[str] = []
+    command = ["mat-export", "trt", "b.onnx"]
+    report = again(elsewhere, notes, sources={"onnx": {"path": "b.onnx"}, "command": command})
+    assert report.cached
+    assert notes == [f"the same request built '{plan}' before: copied"]
+    assert elsewhere.read_bytes() == plan.read_bytes()
+    assert elsewhere.stat().st_ino != plan.stat().st_ino
+    sources = {**built["sources"], "onnx": {"path": "b.onnx"}}
+    copied = {**built, "command": command, "sources": sources}
+    assert read_engine_manifest(elsewhere) == json.loads(json.dumps(report.manifest)) == copied
+    record_parity(elsewhere, {"passed": False})
+    assert read_engine_manifest(plan) == built
+    assert len(list(elsewhere.parent.iterdir())) == 2
+    with pytest.raises(AssertionError, match="process"):
+        again(elsewhere.with_name("third.plan"), force=True)
+
+
+def test_an_engine_that_was_moved_is_known_once_it_is_asked_for_there(
+    plan: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan.rename(elsewhere)
+    Path(f"{plan}.json").rename(f"{elsewhere}.json")
+    monkeypatch.setattr("subprocess.Popen", no_process)
+    assert again(elsewhere).cached
+    assert again(plan).cached
+
+
+def removed(plan: Path, entry: Path) -> None:
+    plan.unlink()
+
+
+def without_papers(plan: Path, entry: Path) -> None:
+    Path(f"{plan}.json").unlink()
+
+
+def cut(plan: Path, entry: Path) -> None:
+    plan.write_bytes(plan.read_bytes()[:-1])
+
+
+def refitted(plan: Path, entry: Path) -> None:
+    """Its manifest as `engines.refit` leaves it, the weights being the same."""
+    manifest = read_engine_manifest(plan)
+    facts = {"key": f"refit of {manifest['key']} with {manifest['request']['model']}"}
+    save_engine(plan.read_bytes(), plan, {**manifest, **facts})
+
+
+def replaced(plan: Path, entry: Path) -> None:
+    save_engine(b"another plan", plan, read_engine_manifest(plan))
+
+
+def no_entry(plan: Path, entry: Path) -> None:
+    entry.unlink()
+
+
+def no_json(plan: Path, entry: Path) -> None:
+    entry.write_bytes(b"\xff{")
+
+
+def nested(plan: Path, entry: Path) -> None:
+    entry.write_text("[" * 100_000)
+
+
+def a_list(plan: Path, entry: Path) -> None:
+    entry.write_text("[]")
+
+
+def no_path(plan: Path, entry: Path) -> None:
+    entry.write_text('{"path": 3, "sha256": ""}')
+
+
+def a_null(plan: Path, entry: Path) -> None:
+    entry.write_text('{"path": "a\\u0000b", "sha256": ""}')
+
+
+def a_folder(plan: Path, entry: Path) -> None:
+    entry.unlink()
+    entry.mkdir()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(removed, without_papers, cut, refitted, replaced),
+        *(no_entry, no_json, nested, a_list, no_path, a_null, a_folder),
+    ],
+)
+def test_what_is_not_as_it_was_built_is_built_anew_in_silence(
+    plan: Path, elsewhere: Path, caches: Path, change: Callable[[Path, Path], None]
+) -> None:
+    (entry,) = (caches / "mat-export" / "engines").iterdir()
+    change(plan, entry)
+    notes: list[str] = []
+    assert not again(elsewhere, notes).cached
+    assert notes == []
+    if change is not a_folder:
+        assert json.loads(entry.read_text())["path"] == str(elsewhere)
+    assert again(elsewhere).cached
+
+
+def test_a_refitted_engine_is_built_anew_at_its_own_place(plan: Path, elsewhere: Path) -> None:
+    refitted(plan, plan)
+    notes: list[str] = []
+    assert not again(plan, notes).cached
+    assert notes == [
+        f"building '{plan}' anew, since it was built otherwise: its weights were swapped"
+    ]
+
+
+def test_without_a_home_folder_engines_are_built_and_found_at_their_place(
+    plan: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere() -> None:
+        raise UserError("there is no home folder to keep a cache in")
+
+    monkeypatch.setattr("engines.build.cache_folder", nowhere)
+    monkeypatch.setattr("engines.index.cache_folder", nowhere)
+    assert not again(elsewhere).cached
+    assert again(elsewhere).cached
+    assert again(plan).cached
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_hindrance(
+    plan: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plan.parent / "file").touch()
+    monkeypatch.setattr("engines.index.cache_folder", lambda: plan.parent / "file")
+    assert not again(elsewhere).cached
+    assert again(elsewhere).cached
+
+
+def test_a_copy_is_written_whole_or_not_at_all(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", full)
+        with pytest.raises(UserError, match="no space left"):
+            again(elsewhere)
+    assert not list(elsewhere.parent.iterdir())
 
 
 @pytest.mark.usefixtures("gpu")
@@ -1156,7 +1356,7 @@ def test_rtx_builds_an_engine_without_a_gpu(
     assert report.layers is None
     assert report.manifest["warnings"] == notes == []
     assert "Building engine" in told
-    assert not caches.exists()  # RTX times nothing
+    assert not (caches / "mat-export" / "timing").exists()  # RTX times nothing
     monkeypatch.setattr("subprocess.Popen", no_process)
     assert build_engine(model, plan, options).cached
 

@@ -555,6 +555,81 @@ def test_what_was_chosen_is_not_built_again(
     assert len(world.built) == 4
 
 
+@pytest.mark.parametrize("faster", [WITHOUT, WITH])
+def test_what_was_chosen_is_copied_to_another_output(
+    world: World, plan: Path, library: Path, tmp_path: Path, faster: bytes
+) -> None:
+    world.times = {WITHOUT: 6.0, WITH: 6.0, faster: 5.0}
+    first = world.build(plan, AUTO, library)
+    moved = library.rename(tmp_path / "libmoved.so")
+    world.notes.clear()
+    other = tmp_path / "other.plan"
+    report = world.build(other, AUTO, moved)
+    assert report.cached
+    assert report.plugins == (faster == WITH)
+    assert world.notes == [f"the same request built '{plan}' before: copied"]
+    assert world.built == [WITHOUT, WITH]
+    assert other.read_bytes() == faster
+    choice = first.manifest["sources"]["plugin_choice"]
+    sources = read_engine_manifest(other)["sources"]
+    assert sources["plugin_choice"] == choice
+    papers = {"path": str(moved), "sha256": file_digest(moved)}
+    assert sources["plugin"] == (papers if faster == WITH else None)
+    assert open_plan(other).plan == faster
+
+
+def test_the_last_contest_says_which_engine_is_copied(
+    world: World, plan: Path, library: Path, tmp_path: Path
+) -> None:
+    world.build(plan, AUTO, library)
+    world.times = {WITHOUT: 4.0, WITH: 5.0}
+    world.build(tmp_path / "forced.plan", AUTO, library, force=True)
+    assert world.build(plan, AUTO, library).cached  # what is there is from such a contest too
+    assert plan.read_bytes() == WITH
+    other = tmp_path / "other.plan"
+    assert world.build(other, AUTO, library).cached
+    assert other.read_bytes() == WITHOUT
+
+
+def test_a_contest_that_was_not_decided_gives_nothing_to_copy(
+    world: World, plan: Path, library: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.plan"
+    times, world.times = world.times, {WITHOUT: 4.0, WITH: 5.0}
+    world.build(plan, AUTO, library)
+    world.times = UserError("the GPU has too little memory")
+    world.build(plan, AUTO, library, force=True)  # the same plan, which now stands undecided
+    world.times = times
+    assert not world.build(other, AUTO, library).cached
+    assert other.read_bytes() == WITH
+    assert world.build(plan, AUTO, library).cached
+    assert plan.read_bytes() == WITH
+
+
+def test_a_miss_of_parity_is_copied_with_the_engine(
+    world: World, plan: Path, library: Path, tmp_path: Path
+) -> None:
+    world.verdicts = {WITHOUT: MISSED, WITH: MISSED}
+    world.build(plan, AUTO, library)
+    report = world.build(tmp_path / "other.plan", AUTO, library)
+    assert report.cached
+    assert report.missed == "parity FAILED"
+    assert report.manifest["parity"] == {"passed": False}
+
+
+def test_an_engine_without_a_contest_is_copied_with_the_reason_of_now(
+    world: World, plan: Path, library: Path, tmp_path: Path
+) -> None:
+    world.build(plan, AUTO, None, "there is no nvcc")
+    report = world.build(tmp_path / "other.plan", AUTO, None, "there is no CMake")
+    assert report.cached
+    choice = {"asked": "auto", "why": "there is no CMake"}
+    assert report.manifest["sources"]["plugin_choice"] == choice
+    assert not world.build(tmp_path / "off.plan", OFF, None, "plugins are off").cached
+    assert not world.build(tmp_path / "contest.plan", AUTO, library).cached
+    assert world.built == [WITHOUT, WITHOUT, WITHOUT, WITH]
+
+
 Change = Callable[[World, Path, Path], None]
 
 

@@ -13,6 +13,7 @@ from fake_tensorrt import fake_device_info, make_tensorrt
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.backend import open_backend
+from engines.index import recall_engine, remember_engine
 from engines.papers import OpenedPlan, open_plan, rebuild_command, save_engine
 from engines.refit import refit_plan
 from mat_export.contract import METADATA_KEY, GraphSpec, UserError
@@ -98,9 +99,15 @@ def test_the_new_engine_has_papers_of_its_own(opened: OpenedPlan, tmp_path: Path
     assert open_plan(opened.path).spec.checkpoint == SPEC.checkpoint
 
 
-def test_it_may_replace_the_engine(opened: OpenedPlan) -> None:
+def test_it_may_replace_the_engine(
+    opened: OpenedPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remember_engine(opened.path, opened.manifest, ["request"])
+    assert recall_engine("request") is not None
     refit_plan(opened, model_of(NEW), opened.path, command=AGAIN)
     assert open_plan(opened.path).spec.checkpoint == NEW.checkpoint
+    assert recall_engine("request") is None
 
 
 def test_indices_go_in_as_the_type_that_the_parser_made_of_them(

@@ -38,14 +38,19 @@ class Engine:
 def test_a_trial_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[bytes, Path, BuildOptions]] = []
 
-    def build_engine(model: bytes, output: Path, options: BuildOptions) -> None:
+    def check_build(model: bytes, output: Path, options: BuildOptions) -> str:
         asked.append((model, output, options))
+        return "build"
+
+    def run_build(build: str, output: Path) -> None:
+        assert build == "build"
         output.write_bytes(b"plan")
 
     def open_plan(path: Path) -> SimpleNamespace:
         return SimpleNamespace(backend="backend", plan=path.read_bytes())
 
-    monkeypatch.setattr("engines.trial.build_engine", build_engine)
+    monkeypatch.setattr("engines.trial.check_build", check_build)
+    monkeypatch.setattr("engines.trial.run_build", run_build)
     monkeypatch.setattr("engines.trial.open_plan", open_plan)
     monkeypatch.setattr("engines.trial.Engine", Engine)
     model = onnx.ModelProto(producer_name="test")

@@ -26,7 +26,9 @@ def rows(tiny_onnx: Path) -> dict[bool, Rows]:
         roofline = importlib.import_module("roofline")
     found = {}
     for plugins in (False, True):
-        graph = prepare_model(model, "fp16", opset=17, plugins=plugins, label="a model").model
+        graph = prepare_model(
+            model, "fp16", opset=17, weakly_typed=True, plugins=plugins, label="a model"
+        ).model
         profile = {node.name: 1.0 for node in graph.graph.node}
         entries = roofline.table(graph, profile, tflops=100.0, tbs=1.0)
         found[plugins] = {row.layer: row for row in entries}

@@ -75,8 +75,11 @@ def test_its_fillings_are_as_far_from_photographs_as_those_of_fp32(
     assert 0.0 < quantized <= 1.05 * exact
 
 
-def test_tensorrt_rtx_computes_its_convolutions_in_int8(int8: Path, tmp_path: Path) -> None:
+def test_tensorrt_rtx_computes_its_convolutions_in_int8(
+    int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     work = convolution_work(prepare_engine_graph(int8, "int8", opset=22).model)
     plan = tmp_path / "mat.plan"
 

@@ -153,7 +153,7 @@ def test_of_a_quantized_network_what_it_names_is_bound_and_nothing_else(
     small_calibration: tuple[Path, object],
 ) -> None:
     """8.6 refused to bind more of it, on a GPU."""
-    model = prepare_engine_graph(small_calibration[0], "int8", opset=17).model
+    model = prepare_engine_graph(small_calibration[0], "int8", opset=17, weakly_typed=True).model
     layers = {
         node.name: Layer(node.name, "CONVOLUTION", [*node.input[:1]], [node.output[0]])
         for node in model.graph.node
@@ -197,7 +197,7 @@ def test_plugins_are_told_no_type_and_what_follows_them_is() -> None:
 
 
 def test_every_tensor_of_the_network_has_a_type(tiny_onnx: Path) -> None:
-    model = prepare_engine_graph(tiny_onnx, "fp16", opset=17).model
+    model = prepare_engine_graph(tiny_onnx, "fp16", opset=17, weakly_typed=True).model
     types = tensor_types(model)
     weights = {t.name for t in model.graph.initializer}
     made = {name for node in model.graph.node for name in node.output if name}

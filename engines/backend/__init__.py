@@ -7,7 +7,7 @@ use alone.
 from __future__ import annotations
 
 from engines.backend.base import Backend
-from engines.backend.finding import Absent, find_backends, open_backend
+from engines.backend.finding import Absent, find_backends, is_for_weak_types, open_backend
 from engines.backend.gpu import Gpu, find_gpu
 from engines.backend.hooks import BuildHooks, Progress
 
@@ -19,5 +19,6 @@ __all__ = [
     "Progress",
     "find_backends",
     "find_gpu",
+    "is_for_weak_types",
     "open_backend",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
 
     from engines.profiles import Profile
 
-__all__ = ["Backend", "contiguous"]
+__all__ = ["Backend", "contiguous", "numbers_of"]
 
 _LOADED: set[tuple[Any, str]] = set()
 """Modules and digests of plugin libraries in this process, which TensorRT takes once only,
 wherever copies of them lie."""
+
+_SUCCESSORS = {8: (8, 9, 10), 10: (10, 11)}
+"""Major versions of TensorRT that run version-compatible engines of a major version; else its own
+and the next."""
 
 
 class Backend:
@@ -38,6 +43,8 @@ class Backend:
         opset: Newest opset of the ONNX standard that it is known to parse.
         ir_version: Newest ONNX IR version likewise, or None for any.
         precisions: What a file may be typed in.
+        weakly_typed: Whether it chooses types itself unless each layer is told; then it takes no
+            weights in INT8 either.
         builds_without_gpu: Whether it builds for a GPU that is not here.
         has_timing_cache: Whether its builds time kernels and remember the figures.
         has_plugin_layers: Whether a graph may call operators of a plugin library.
@@ -50,6 +57,7 @@ class Backend:
     opset: int = 22
     ir_version: int | None = None
     precisions: frozenset[str] = frozenset(("fp32", "tf32", "fp16", "bf16", "int8"))
+    weakly_typed: bool = False
     builds_without_gpu: bool = False
     has_timing_cache: bool = True
     has_plugin_layers: bool = True
@@ -80,6 +88,14 @@ class Backend:
     def runs_on(self, capability: Capability) -> bool:
         """Whether GPUs of this compute capability are supported."""
         return capability >= self._lowest
+
+    def runs_engines_of(self, version: str, *, version_compatible: bool) -> bool:
+        """Whether an engine runs that this or another version built."""
+        if version == self.version:
+            return True
+        old, new = numbers_of(version), numbers_of(self.version)
+        successors = _SUCCESSORS.get(old[0], (old[0], old[0] + 1))
+        return version_compatible and old <= new and new[0] in successors
 
     def check_target(self, target: str) -> None:
         """Raise UserError, with the known ones, if it does not build for ``sm_NN``."""
@@ -487,6 +503,11 @@ class Backend:
         except (TypeError, RuntimeError) as error:
             reason = reason_of(logger.errors) if logger.errors else str(error)
             raise UserError(f"{self.label} does not start on this machine: {reason}") from error
+
+
+def numbers_of(version: str) -> tuple[int, ...]:
+    """The numbers in a version, at least one."""
+    return tuple(int(n) for n in re.findall(r"\d+", version)) or (0,)
 
 
 def contiguous(array: NDArray[Any]) -> NDArray[Any]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import re
 from dataclasses import dataclass
 
-from engines.backend.base import Backend
+from engines.backend.base import Backend, numbers_of
 from engines.backend.gpu import capability_text, find_gpu
 from engines.backend.rtx import TensorRTRtx
 from engines.backend.tensorrt8 import TensorRT8
 from engines.options import BACKENDS, parse_target
 from mat_export.contract import UserError
 
-__all__ = ["Absent", "find_backends", "open_backend"]
+__all__ = ["Absent", "find_backends", "is_for_weak_types", "open_backend"]
 
 _EXTRAS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 """The extra of mat-export that installs each backend."""
@@ -61,6 +60,11 @@ def open_backend(choice: str = "auto", *, target: str | None = None) -> Backend:
     return found
 
 
+def is_for_weak_types(opset: int) -> bool:
+    """Whether a file of an opset is for a weakly typed backend: one of ours parses no newer."""
+    return opset <= TensorRT8.opset
+
+
 def _open_for_gpu() -> Backend:
     """The preferred backend that runs on this machine's GPU."""
     try:
@@ -95,8 +99,8 @@ def _find(name: str) -> Backend | Absent:
         return Absent(name, f"installed, but does not import ({reason}): {extra}")
     if name == "tensorrt-rtx":
         return TensorRTRtx(module)
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    if numbers[:2] == (8, 6):
+    numbers = numbers_of(version)[:2]
+    if numbers == (8, 6):
         return TensorRT8(module)
     if numbers >= (10, 13):
         return Backend(module)

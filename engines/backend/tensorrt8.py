@@ -23,6 +23,7 @@ class TensorRT8(Backend):
     opset = 17
     ir_version = 8
     precisions = frozenset(("fp32", "tf32", "fp16", "int8"))
+    weakly_typed = True
     _lowest = (5, 0)
     _highest: ClassVar[Capability] = (9, 0)
 

@@ -231,7 +231,7 @@ def test_the_table_has_every_layer_the_costliest_first(small_calibration: Quanti
 def test_the_graph_of_an_engine_is_typed(small_calibration: Quantized, opset: int) -> None:
     """8.6 parses opset 17 and gets FP32 alone (`free_types`); later ones take half as it comes."""
     path, done = small_calibration
-    prepared = prepare_engine_graph(path, "int8", opset=opset)
+    prepared = prepare_engine_graph(path, "int8", opset=opset, weakly_typed=opset == 17)
     graph = onnx.shape_inference.infer_shapes(
         prepared.model, check_type=True, strict_mode=True
     ).graph
@@ -255,7 +255,9 @@ def test_the_graph_of_an_engine_is_typed(small_calibration: Quantized, opset: in
 
 def test_tensorrt_8_gets_no_weights_in_int8(small_calibration: Quantized) -> None:
     """It has no such constants; the numbers that they stand for become the same integers again."""
-    graph = prepare_engine_graph(small_calibration[0], "int8", opset=17).model.graph
+    graph = prepare_engine_graph(
+        small_calibration[0], "int8", opset=17, weakly_typed=True
+    ).model.graph
     newer = prepare_engine_graph(small_calibration[0], "int8", opset=22).model.graph
     constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     given = {t.name: numpy_helper.to_array(t) for t in newer.initializer}
@@ -297,9 +299,10 @@ def test_the_rest_in_half_costs_little(
 
 
 def test_tensorrt_rtx_computes_the_layers_in_int8(
-    small_calibration: Quantized, tmp_path: Path
+    small_calibration: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path, done = small_calibration
     plan = tmp_path / "model.plan"
     arguments = ["trt", path, "--int8", "--target", "sm_89", "-o", plan]

@@ -43,7 +43,7 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 @pytest.mark.parametrize(("precision", "opset"), [("fp32", 17), ("fp32", 22), ("tf32", 20)])
 def test_fp32_is_the_same_picture(tiny_onnx: Path, precision: str, opset: int) -> None:
-    graph = prepare_engine_graph(tiny_onnx, precision, opset=opset)
+    graph = prepare_engine_graph(tiny_onnx, precision, opset=opset, weakly_typed=opset == 17)
     onnx.checker.check_model(graph.model, full_check=True)
     assert opset_of(graph.model) == min(opset, 20) == graph.passes["opset"]
     assert not graph.model.functions
@@ -58,7 +58,7 @@ def test_fp32_is_the_same_picture(tiny_onnx: Path, precision: str, opset: int) -
 
 @pytest.mark.parametrize("opset", [17, 20])
 def test_fp16_holds_its_bar(tiny_onnx: Path, opset: int) -> None:
-    graph = prepare_engine_graph(tiny_onnx, "fp16", opset=opset)
+    graph = prepare_engine_graph(tiny_onnx, "fp16", opset=opset, weakly_typed=opset == 17)
     inputs = example_inputs(graph.spec, 1)
     hole = inputs["mask"][:, 0] < 0.5
     with OrtRunner(tiny_onnx) as plain, OrtRunner(graph.model.SerializeToString()) as own:
@@ -70,7 +70,7 @@ def test_fp16_holds_its_bar(tiny_onnx: Path, opset: int) -> None:
 
 
 def test_mask_states_become_outputs(tiny_onnx: Path) -> None:
-    graph = prepare_engine_graph(tiny_onnx, "fp16", opset=17, mask_states=True)
+    graph = prepare_engine_graph(tiny_onnx, "fp16", opset=17, weakly_typed=True, mask_states=True)
     names = [f"mask_state/{name}" for name in mask_state_names(graph.spec.config)]
     assert {o.name for o in graph.model.graph.output} == {"output", *names}
     assert graph.passes["mask_states"] == len(names)
@@ -183,8 +183,8 @@ def plugin_functions() -> list[onnx.FunctionProto]:
 def test_with_plugins_the_operators_are_calls_of_what_their_functions_say(
     tiny_onnx: Path, precision: str
 ) -> None:
-    plain = prepare_engine_graph(tiny_onnx, precision, opset=17)
-    graph = prepare_engine_graph(tiny_onnx, precision, opset=17, plugins=True)
+    plain = prepare_engine_graph(tiny_onnx, precision, opset=17, weakly_typed=True)
+    graph = prepare_engine_graph(tiny_onnx, precision, opset=17, weakly_typed=True, plugins=True)
     # Two stacks of blocks with masks: into the first block's calls, and out of the last one's.
     assert graph.passes["plugin_mask_casts"] == 4
     called = Counter(n.op_type for n in graph.model.graph.node if n.domain == OPERATOR_DOMAIN)

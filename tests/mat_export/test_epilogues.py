@@ -226,8 +226,8 @@ def test_the_operator_has_the_parts_of_the_kernels() -> None:
 
 def test_the_network_is_the_same_picture_and_fourteen_calls(tiny_onnx: Path) -> None:
     for precision, bar in (("fp32", 100.0), ("fp16", 55.0)):
-        plain = prepare_engine_graph(tiny_onnx, precision, opset=17)
-        fused = prepare_engine_graph(tiny_onnx, precision, opset=17)
+        plain = prepare_engine_graph(tiny_onnx, precision, opset=17, weakly_typed=True)
+        fused = prepare_engine_graph(tiny_onnx, precision, opset=17, weakly_typed=True)
         assert fuse_epilogues(fused.model) == 14
         expand_epilogues(fused.model)
         inputs = example_inputs(plain.spec, 1)
@@ -242,11 +242,13 @@ def test_the_network_is_the_same_picture_and_fourteen_calls(tiny_onnx: Path) -> 
 
 
 def test_plugins_get_the_calls_unless_they_are_quick_ones(tiny_onnx: Path) -> None:
-    graph = prepare_engine_graph(tiny_onnx, "fp16", opset=17, plugins=True)
+    graph = prepare_engine_graph(tiny_onnx, "fp16", opset=17, weakly_typed=True, plugins=True)
     plugins = graph.passes["plugins"]
     assert isinstance(plugins, dict)
     assert plugins["FusedEpilogue"] == 14
-    quick = prepare_engine_graph(tiny_onnx, "fp16", opset=17, plugins=True, quick=True)
+    quick = prepare_engine_graph(
+        tiny_onnx, "fp16", opset=17, weakly_typed=True, plugins=True, quick=True
+    )
     assert quick.passes["plugins"] == {
         **dict.fromkeys(plugins, 0),
         "MaskPropagation": 5,
