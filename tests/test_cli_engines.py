@@ -14,9 +14,10 @@ from typing import Any
 
 import onnx
 import pytest
-from fake_tensorrt import GPU
+from fake_gpu import FakeGpu, Status
+from fake_tensorrt import GPU, fake_device_info
 from test_cli import Run, one_sentence, run
-from test_engine_build import Install, gpu, install
+from test_engine_build import Install, gpu, install, model_of
 from test_engine_refit import opened
 
 import cli
@@ -617,6 +618,10 @@ BAD = {
     "two precisions": (["trt", "m.onnx", "--fp16", "--bf16"], "give one precision, got --fp16"),
     "no model": (["trt", "absent.onnx", "--target", "sm_89"], "there is no file 'absent.onnx'"),
     "garbage": (["trt", "garbage.onnx", "--target", "sm_89"], "is not a readable ONNX model"),
+    "another network": (
+        ["trt", "foreign.onnx", "--target", "sm_89"],
+        "'foreign.onnx' is an ONNX model, but not one that mat-export wrote",
+    ),
     "unknown target": (["trt", "m.onnx", "--target", "sm_70"], "sm_89"),
     "target in words": (["trt", "m.onnx", "--target", "ada"], "a target is a GPU generation"),
     "batch in words": (["trt", "m.onnx", "--batch", "many"], "min:opt:max"),
@@ -710,11 +715,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     os.symlink(tiny_onnx, "m.onnx")
     if "typed.onnx" in arguments:
-        import onnx
-
         from mat_export.precision import apply_precision
 
         onnx.save(apply_precision(onnx.load(tiny_onnx), "fp16").model, "typed.onnx")
+    if "foreign.onnx" in arguments:
+        onnx.save(model_of(None), "foreign.onnx")
     for name in ("garbage.onnx", "garbage.npz", "bare.plan", "broken.plan"):
         Path(name).write_bytes(b"\x80\x04 this is nothing")
     Path("broken.plan.json").write_text("{")
@@ -786,6 +791,60 @@ def test_a_cut_engine_says_how_to_build_it_again(run: Run, plan: Path, tmp_path:
     assert f"{len(data) // 2} bytes of {len(data)}" in error
 
 
+def test_another_engine_under_the_papers_is_no_engine_of_theirs(
+    run: Run, plan: Path, tmp_path: Path, gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GPU, "capability", (8, 9))
+    data = bytearray(plan.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "other.plan").write_bytes(data)
+    (tmp_path / "other.plan.json").write_bytes(Path(f"{plan}.json").read_bytes())
+    code, _, error = run("parity", tmp_path / "other.plan")
+    one_sentence(code, error)
+    assert "mat-export trt" in error
+
+
+@pytest.mark.parametrize(
+    ("version", "behaviour", "words"),
+    [
+        (None, "", ("not installed", "mat-export[trt]", "mat-export[rtx]")),
+        ("10.13.3", "builds", ("no GPU", "--target")),
+        ("10.13.3", "memory", ("little free memory", "MiB", "--workspace")),
+    ],
+    ids=["no TensorRT", "no GPU", "too little GPU memory"],
+)
+def test_trt_says_what_the_machine_lacks(
+    run: Run,
+    small_onnx: Path,
+    tmp_path: Path,
+    install: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    behaviour: str,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    install(version, behaviour)
+    if behaviour == "memory":
+        monkeypatch.setattr("engines.cuda.device_info", fake_device_info)
+    else:
+        monkeypatch.setattr(
+            "engines.cuda.cudart", lambda: FakeGpu(without_driver=Status.cudaErrorNoDevice)
+        )
+    target = tmp_path / "mat.plan"
+    code, _, error = run("trt", small_onnx, "--fp16", "--plugins", "off", "-o", target)
+    one_sentence(code, error)
+    (said,) = (line for line in error.splitlines() if line.startswith("error: "))
+    assert all(word in said for word in words), said
+    assert not list(tmp_path.glob("mat.plan*"))
+
+
+def test_an_engine_without_a_gpu_is_a_sentence(run: Run, plan: Path) -> None:
+    code, _, error = run("parity", plan)
+    one_sentence(code, error)
+    assert "GPU" in error
+
+
 # -- the full network -----------------------------------------------------------------------------
 
 
@@ -809,6 +868,7 @@ def test_trt_builds_the_full_network(
     code, _, error = run("trt", full_onnx, f"--{precision}", "--target", "sm_89", "-o", out)
     assert code == 0, error
     manifest = json.loads(Path(f"{out}.json").read_text())
+    assert manifest["build_seconds"] <= 30  # some 8 on two cores
     assert manifest["bytes"] == out.stat().st_size > 100e6
     assert manifest["graph"]["config"]["name"] == "mat-512"
     out.unlink()  # some hundred megabytes

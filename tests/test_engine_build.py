@@ -23,7 +23,6 @@ import onnx
 import pytest
 from fake_tensorrt import GPU, fake_device_info, make_tensorrt, write_module
 from onnx import TensorProto, helper
-from small import SMALL
 
 from engines.backend import (
     Absent,
@@ -42,7 +41,7 @@ from engines.papers import read_engine_manifest, record_parity, save_engine
 from engines.worker import CacheFile, CacheKeeper, Percentage
 from mat_export.contract import METADATA_KEY, GraphSpec, UserError
 from mat_export.files import file_digest
-from mat_torch import Checkpoint, preset, random_checkpoint
+from mat_torch import Checkpoint, preset
 
 TINY = GraphSpec(preset("mat-tiny-256"))
 ADA = Gpu("Ada", (8, 9), "12.4", 8000, 4000)
@@ -1361,33 +1360,47 @@ def test_rtx_builds_an_engine_without_a_gpu(
     assert build_engine(model, plan, options).cached
 
 
-@pytest.mark.usefixtures("rtx")
-def test_rtx_builds_a_dynamic_batch_in_bf16(
-    tiny_checkpoint: Checkpoint, plan: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def tiny_batches(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small preset for any number of pictures."""
     from mat_export.export import export_onnx
 
-    exported = tmp_path / "batch.onnx"
-    export_onnx(tiny_checkpoint, exported, GraphSpec(tiny_checkpoint.config, batch=None))
+    path = tmp_path_factory.mktemp("batches") / "tiny.onnx"
+    export_onnx(tiny_checkpoint, path, GraphSpec(tiny_checkpoint.config, batch=None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_sizes(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small preset for pictures of several sizes."""
+    from mat_export.export import export_onnx
+
+    path = tmp_path_factory.mktemp("sizes") / "tiny.onnx"
+    spec = GraphSpec(tiny_checkpoint.config, dynamic_size=True, noise="input")
+    export_onnx(tiny_checkpoint, path, spec)
+    return path
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_rtx_builds_a_dynamic_batch(tiny_batches: Path, plan: Path, precision: str) -> None:
     options = BuildOptions(target="sm_120", batch=(1, 2, 4), level=1)
-    report = build_engine(typed(exported, "bf16"), plan, options)
+    report = build_engine(typed(tiny_batches, precision), plan, options)
+    assert report.manifest["graph"]["precision"] == precision
     profiles = report.manifest["request"]["profiles"]
     assert profiles["z"] == ((1, 128), (2, 128), (4, 128))
     assert report.bytes > 10_000_000
 
 
 @pytest.mark.usefixtures("rtx")
-def test_rtx_builds_a_dynamic_size(plan: Path, tmp_path: Path) -> None:
-    from mat_export.export import export_onnx
-
-    exported = tmp_path / "size.onnx"
-    spec = GraphSpec(SMALL, dynamic_size=True, noise="input")
-    export_onnx(random_checkpoint(SMALL, 0), exported, spec)
-    options = BuildOptions(target="sm_89", size=((128, 128), (128, 128), (128, 256)), level=1)
-    report = build_engine(typed(exported, "fp16"), plan, options)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_rtx_builds_a_dynamic_size(tiny_sizes: Path, plan: Path, precision: str) -> None:
+    options = BuildOptions(target="sm_89", size=((256, 256), (256, 256), (256, 512)), level=1)
+    report = build_engine(typed(tiny_sizes, precision), plan, options)
+    assert report.manifest["graph"]["precision"] == precision
     profiles = report.manifest["request"]["profiles"]
-    assert profiles["image"] == ((1, 3, 128, 128), (1, 3, 128, 128), (1, 3, 128, 256))
-    assert report.bytes > 1_000_000
+    assert profiles["image"] == ((1, 3, 256, 256), (1, 3, 256, 256), (1, 3, 256, 512))
+    assert report.bytes > 10_000_000
 
 
 @pytest.mark.usefixtures("rtx")

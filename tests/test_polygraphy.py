@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mat_export.bench import example_inputs
+from mat_export.engine_graph import prepare_engine_graph
 from mat_export.inlining import inline_functions
 from mat_export.runners import OrtRunner
 
@@ -114,3 +115,18 @@ def test_its_comparator_agrees_and_sees_a_changed_input(
         both = comparator.RunResults([("theirs", [result]), *ours_as_theirs(outputs)])
         found = comparator.Comparator.compare_accuracy(both, compare_func=compare)
         assert bool(found) is equal
+
+
+def test_the_command_line_runs_the_file_that_engines_are_built_of(
+    tiny_onnx: Path, ours: tuple[Arrays, Arrays], tmp_path: Path
+) -> None:
+    lowered = tmp_path / "fp16.onnx"
+    onnx.save(prepare_engine_graph(tiny_onnx, "fp16", opset=20).model, lowered)
+    inputs, fp32 = ours
+    with OrtRunner(lowered) as runner:
+        outputs = runner.run(inputs)
+    done = polygraphy_run(lowered, inputs, outputs, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED | Output: 'output'" in done.stdout
+    done = polygraphy_run(lowered, inputs, fp32, tmp_path)
+    assert done.returncode == 1, "FP16 and FP32 are told apart"
